@@ -1,0 +1,23 @@
+// The Python module fastembed._core: pointers, shapes and strides in, kernels called with the GIL released. Arguments are
+// checked in Python (fastembed/ops); what is checked here is only what needs the values themselves.
+#include <pybind11/pybind11.h>
+
+#include "common/isa.hpp"
+#include "common/threading.hpp"
+
+namespace py = pybind11;
+
+// One per family, in csrc/<family>/bindings.cpp.
+void bind_pooling(py::module_& m);
+void bind_qmatmul(py::module_& m);
+void bind_search(py::module_& m);
+
+PYBIND11_MODULE(_core, m) {
+  m.def("isa", [] { return fastembed::isa_name(fastembed::active_isa()); }, "Instruction-set level in use.");
+  m.def("best_isa", [] { return fastembed::isa_name(fastembed::best_isa()); }, "Best level this CPU supports.");
+  m.def("set_isa", &fastembed::set_isa, py::arg("name"), "Change the level in use (for tests).");
+  m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads OpenMP would use for a parallel region.");
+  bind_pooling(m);
+  bind_qmatmul(m);
+  bind_search(m);
+}

@@ -1,0 +1,11 @@
+// The Python module fastembed._cuda: launchers of the CUDA kernels. Device pointers and the stream come in as integers.
+// No CUDA header here, so that the same file binds the kernels compiled for the CPU by tests/cuda_on_cpu.
+#include <pybind11/pybind11.h>
+
+#include "common/cuda_device.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_cuda, m) {
+  m.def("device_count", &fastembed::cuda::device_count, "CUDA devices the driver offers; 0 without a driver.");
+}

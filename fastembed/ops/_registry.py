@@ -1,0 +1,116 @@
+"""How an op is registered with PyTorch, and how it is called.
+
+An op is one Python function per backend, all with the same signature, registered under one schema in the `fastembed::`
+namespace, with a fake kernel for tracing and a backward. Eager inference calls the chosen function directly: the
+dispatcher costs more than a small kernel. Everything else (torch.compile, export, autograd, subclasses, functorch)
+goes through the registered op.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .. import backends
+
+_library = torch.library.Library("fastembed", "DEF")
+
+Implementation = Callable[..., Any]
+
+
+class Op:
+    """A registered op. Call it with the positional arguments of its schema.
+
+    Args:
+        schema: as `torch.library.Library.define` takes it, name included.
+        implementations: a function per backend name; "reference" MUST be there.
+        fake: the op on fake tensors: shapes, dtypes and strides only.
+        accepts: dtypes of the first tensor that a backend handles; others fall to the reference. A backend not
+            listed accepts everything.
+        backward, setup_context: as `torch.library.register_autograd` takes them. Without them the backward raises.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        implementations: Mapping[str, Implementation],
+        fake: Callable[..., Any],
+        accepts: Mapping[str, frozenset[torch.dtype]] | None = None,
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self._implementations = dict(implementations)
+        self._accepts = dict(accepts or {})
+        _library.define(schema)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self.run, key)
+        qualified = f"fastembed::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, backward or self._no_backward, setup_context=setup_context, lib=_library
+        )
+        self.overload = getattr(torch.ops.fastembed, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_plain_eager(args):
+            return self.run(*args)
+        return self.overload(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Run the implementation that backend choice, device and dtype select."""
+        first = next(iter(_tensors(args)))
+        return self._implementations[self._choose(first.device.type, first.dtype)](*args)
+
+    def _choose(self, device: str, dtype: torch.dtype) -> str:
+        forced = backends.forced_backend()
+        if forced is not None:
+            if forced not in self._implementations:
+                raise NotImplementedError(f"fastembed::{self.name} has no {forced!r} backend yet")
+            if (problem := _device_problem(forced, device)) is not None:
+                raise RuntimeError(f"fastembed::{self.name}: backend {forced!r} was asked for, but {problem}")
+            if dtype not in self._accepts.get(forced, {dtype}):
+                raise TypeError(f"fastembed::{self.name}: backend {forced!r} does not take {dtype}")
+            return forced
+        for name in ("cuda", "triton") if device == "cuda" else ("cpu",):
+            if (
+                name in self._implementations
+                and dtype in self._accepts.get(name, {dtype})
+                and (name == "cpu" or backends.unavailable_reason(name) is None)
+            ):
+                return name
+        return "reference"
+
+    def _no_backward(self, ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"fastembed::{self.name} has no backward: use it under torch.no_grad()")
+
+
+def _device_problem(backend: str, device: str) -> str | None:
+    if backend == "cpu" and device != "cpu":
+        return f"the tensors are on {device}"
+    if backend == "cuda" and device != "cuda" and not backends.cuda_is_simulated():
+        return f"the tensors are on {device}"
+    if backend == "triton" and device != "cuda" and not backends.triton_is_interpreted():
+        return f"the tensors are on {device}"
+    return None
+
+
+def _is_plain_eager(args: Iterable[Any]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad_enabled = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (grad_enabled and tensor.requires_grad)
+        for tensor in _tensors(args)
+    )
+
+
+def _tensors(args: Iterable[Any]) -> Iterable[Any]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            yield from arg

@@ -1,0 +1,39 @@
+"""Fixtures shared by the CPU suites."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastembed._native import core
+
+ISA_LEVELS = ("generic", "avx2", "avx512", "avx512vnni")
+
+# Timing on a shared machine says nothing about correctness: no deadlines. Derandomised, so that a red run can be
+# repeated; `pytest --hypothesis-profile=explore` looks further.
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("default", derandomize=True, max_examples=40, **_common)
+settings.register_profile("explore", max_examples=1000, **_common)
+settings.load_profile("default")
+
+
+def supported_isa_levels() -> tuple[str, ...]:
+    return ISA_LEVELS[: ISA_LEVELS.index(core.best_isa()) + 1]
+
+
+@pytest.fixture(params=supported_isa_levels())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction-set level that this machine has."""
+    before = core.isa()
+    core.set_isa(request.param)
+    yield request.param
+    core.set_isa(before)
+
+
+@pytest.fixture
+def thread_counts() -> Iterator[tuple[int, ...]]:
+    """Thread counts to compare; the setting before the test is restored."""
+    before = torch.get_num_threads()
+    yield (1, 2, 3)
+    torch.set_num_threads(before)

@@ -1,5 +1,5 @@
-// The Python module fastembed._core: pointers, shapes and strides in, kernels called with the GIL released. Arguments are
-// checked in Python (fastembed/ops); what is checked here is only what needs the values themselves.
+// The Python module fastembed._core: pointers, shapes and strides in, kernels called with the GIL released. Arguments
+// are checked in Python (fastembed/ops); what is checked here is only what needs the values themselves.
 #include <pybind11/pybind11.h>
 
 #include "common/isa.hpp"

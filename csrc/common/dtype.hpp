@@ -1,4 +1,5 @@
-// Element types that cross the binding, numbered as fastembed/ops/_native.py numbers them, and their scalar conversions.
+// Element types that cross the binding, numbered as the Python side numbers them, and their scalar
+// conversions.
 #pragma once
 
 #include <cstdint>

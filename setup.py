@@ -147,7 +147,9 @@ class BuildCore(build_ext):
 
         compiler = os.environ.get("CXX", "c++")
         sanitizers = os.environ.get("FASTEMBED_SANITIZE")
-        sanitize = f"-fsanitize={sanitizers} -fno-omit-frame-pointer -g1" if sanitizers else ""
+        sanitize = (
+            f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" if sanitizers else ""
+        )
         includes = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
         flags = " ".join([*CXX_FLAGS, sanitize, *(f"-I{path}" for path in includes)])
         ninja_file.rule("cxx", f"{compiler} {flags} $isa -MD -MF $out.d -c $in -o $out", depfile=True)

@@ -4,6 +4,9 @@ The order matters: the core needs `libgomp.so.1`, and PyTorch's wheel carries it
 which copy the process uses, and two OpenMP pools on the same cores stall each other by milliseconds per call.
 """
 
+import importlib
+import importlib.util
+
 try:
     import torch
 except ModuleNotFoundError:
@@ -11,10 +14,8 @@ except ModuleNotFoundError:
 
 from . import _core as core
 
-try:
-    from . import _cuda as cuda
-except ModuleNotFoundError:
-    cuda = None  # type: ignore[assignment]
+# Absent where it was not built; present but failing is an error to show, not to hide.
+cuda = importlib.import_module("._cuda", __package__) if importlib.util.find_spec("._cuda", __package__) else None
 
 __all__ = ["core", "cuda", "num_threads", "torch"]
 

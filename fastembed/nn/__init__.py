@@ -1,1 +1,5 @@
-"""TODO"""
+"""Drop-in modules."""
+
+from .pooling import MultiExitPooling
+
+__all__ = ["MultiExitPooling"]

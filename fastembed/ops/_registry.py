@@ -103,7 +103,9 @@ def _is_plain_eager(args: Iterable[Any]) -> bool:
         return False
     grad_enabled = torch.is_grad_enabled()
     return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (grad_enabled and tensor.requires_grad)
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
+        and not (grad_enabled and tensor.requires_grad)
         for tensor in _tensors(args)
     )
 

@@ -1,6 +1,6 @@
 """Multi-exit pooling: checks, schema, fake kernel, autograd and backend choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from ..reference import pooling as reference
 from ._registry import Op
 
 MODES = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len", "weightedmean")
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_DTYPES = _KERNEL_DTYPES | {torch.float64}
 
 
 def pool_exits(
@@ -24,6 +27,243 @@ def pool_exits(
 ) -> list[dict[int, Tensor]]:
     """Pool the hidden states of several exits (layers) into sentence embeddings of several Matryoshka dims at once.
 
-    TODO(docstring): shapes, dtypes, errors, source.
+    Every exit is read once, and of it only the valid tokens and the columns that its largest dim needs; all dims of
+    an exit come from that one pass. Sums, norms and divisions are in float32 whatever the input (float64 for float64)
+    and rounded once at the end. Differentiable.
+
+    Args:
+        hidden_states: one tensor per exit, padded [B, T, D], or packed [N, D] or [1, N, D] with `cu_seqlens`. The
+            exits share B and T (or N), dtype (float32, bfloat16, float16 or float64) and device; D may differ. Strided
+            tensors are read in place as long as the last axis has stride 1.
+        attention_mask: [B, T] of any bool, integer or float dtype, 1 for a valid token and 0 for padding, which may
+            stand anywhere: left, right or in between. None: every token is valid. What a padding position holds never
+            matters, NaN included.
+        cu_seqlens: int32 or int64 [B + 1], the offsets of packed sequences: sequence b is the tokens cu_seqlens[b]
+            up to cu_seqlens[b + 1].
+        mode: over the valid tokens of a sequence, as sentence-transformers names them: "mean"; "cls", the first;
+            "lasttoken", the last; "max", per feature (a NaN stays NaN); "mean_sqrt_len", the sum over the square root
+            of their number; "weightedmean", weights 1, 2, 3, ... counted from the first valid position.
+        dims: the prefixes of the pooled vector to return, one list of ints for all exits or one list per exit. None:
+            the whole vector, D.
+        normalize: L2-normalize each prefix: divide by max(its norm, 1e-12). Truncation comes first.
+        out_dtype: dtype of the embeddings, by default that of the hidden states. float64 needs float64 hidden states.
+
+    Returns:
+        One dict per exit: dim -> [B, dim], in the order of `dims`. A sequence without valid tokens gives zeros.
+
+    Raises:
+        TypeError: a wrong dtype, or something that is no tensor.
+        ValueError: shapes that do not match, an unknown mode, a dim outside 1..D, a mask with values other than 0 and
+            1, offsets that do not rise from 0 to N.
+
+    Sources: Matryoshka representations, arXiv 2205.13147; exits by layer and dim, arXiv 2402.14776 (2D Matryoshka) and
+    arXiv 2410.13230 (Starbucks); weightedmean, arXiv 2202.08904 (SGPT).
     """
-    raise NotImplementedError
+    exits = _check_hidden_states(hidden_states, cu_seqlens)
+    _check_tokens(exits[0], attention_mask, cu_seqlens)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    exit_dims = _check_dims(dims, exits)
+    out_dtype = _check_out_dtype(out_dtype, exits[0].dtype)
+    flat_dims = [dim for dims_of_exit in exit_dims for dim in dims_of_exit]
+    dims_per_exit = [len(dims_of_exit) for dims_of_exit in exit_dims]
+    outputs = iter(
+        _pool_exits(exits, attention_mask, cu_seqlens, mode, flat_dims, dims_per_exit, bool(normalize), out_dtype)
+    )
+    return [{dim: next(outputs) for dim in dims_of_exit} for dims_of_exit in exit_dims]
+
+
+def _check_hidden_states(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
+    """The exits as [B, T, D], or as [N, D] when packed."""
+    if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
+        raise TypeError(f"hidden_states must be a list of tensors, one per exit, got {type(hidden_states).__name__}")
+    if not hidden_states:
+        raise ValueError("hidden_states must hold at least one exit, got an empty list")
+    exits = []
+    for position, hidden in enumerate(hidden_states):
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"hidden_states[{position}] must be a tensor, got {type(hidden).__name__}")
+        if hidden.dtype not in _DTYPES or hidden.layout != torch.strided:
+            raise TypeError(
+                f"hidden_states[{position}] must be dense float32, bfloat16, float16 or float64, "
+                f"got {hidden.dtype} {hidden.layout}"
+            )
+        if cu_seqlens is None:
+            if hidden.dim() != 3:
+                raise ValueError(
+                    f"hidden_states[{position}] must be [B, T, D] (packed [N, D] goes with cu_seqlens), "
+                    f"got shape {tuple(hidden.shape)}"
+                )
+        elif hidden.dim() == 3 and hidden.shape[0] == 1:
+            hidden = hidden[0]
+        elif hidden.dim() != 2:
+            raise ValueError(
+                f"hidden_states[{position}] must be [N, D] or [1, N, D] when cu_seqlens is given, "
+                f"got shape {tuple(hidden.shape)}"
+            )
+        exits.append(hidden)
+    first = exits[0]
+    for position, hidden in enumerate(exits):
+        if hidden.dtype != first.dtype or hidden.device != first.device:
+            raise TypeError(
+                f"hidden_states must share dtype and device: hidden_states[0] is {first.dtype} on {first.device}, "
+                f"hidden_states[{position}] is {hidden.dtype} on {hidden.device}"
+            )
+        if hidden.shape[:-1] != first.shape[:-1]:
+            raise ValueError(
+                f"hidden_states must share all but the last axis: hidden_states[0] has shape {tuple(first.shape)}, "
+                f"hidden_states[{position}] has {tuple(hidden.shape)}"
+            )
+    return exits
+
+
+def _check_tokens(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None when cu_seqlens is given: packed tokens have no padding")
+        _check_companion("cu_seqlens", cu_seqlens, hidden)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
+    elif attention_mask is not None:
+        _check_companion("attention_mask", attention_mask, hidden)
+        if attention_mask.dtype.is_complex:
+            raise TypeError(f"attention_mask must be bool, integer or float, got {attention_mask.dtype}")
+        if attention_mask.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be [B, T] = {list(hidden.shape[:2])} as in hidden_states, "
+                f"got shape {tuple(attention_mask.shape)}"
+            )
+
+
+def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != hidden.device or tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be dense and on the device of hidden_states, {hidden.device}, "
+            f"got {tensor.layout} on {tensor.device}"
+        )
+
+
+def _check_dims(dims: Sequence[int] | Sequence[Sequence[int]] | None, exits: list[Tensor]) -> list[list[int]]:
+    """One list per exit, repeats removed."""
+    if dims is None:
+        per_exit: list[Any] = [[hidden.shape[-1]] for hidden in exits]
+    elif not isinstance(dims, Sequence):
+        raise TypeError(f"dims must be a list of ints, or one such list per exit, got {type(dims).__name__}")
+    elif dims and isinstance(dims[0], Sequence):
+        per_exit = list(dims)
+        if len(per_exit) != len(exits):
+            raise ValueError(f"dims must have one list per exit: got {len(per_exit)} lists for {len(exits)} exits")
+    else:
+        per_exit = [dims] * len(exits)
+    checked = []
+    for position, (dims_of_exit, hidden) in enumerate(zip(per_exit, exits, strict=True)):
+        if not isinstance(dims_of_exit, Sequence) or isinstance(dims_of_exit, str):
+            raise TypeError(f"dims must be all ints or all lists of ints, got {dims!r}")
+        if not dims_of_exit:
+            raise ValueError(f"dims must name at least one dim for exit {position}, got none")
+        for dim in dims_of_exit:
+            if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
+                raise TypeError(f"dims must be ints, got {dim!r} for exit {position}")
+            if not 1 <= dim <= hidden.shape[-1]:
+                raise ValueError(
+                    f"dims of exit {position} must lie between 1 and its hidden size {hidden.shape[-1]}, got {dim}"
+                )
+        checked.append(list(dict.fromkeys(dims_of_exit)))
+    return checked
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    if out_dtype is None:
+        return dtype
+    if out_dtype not in _DTYPES:
+        raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
+    if out_dtype == torch.float64 and dtype != torch.float64:
+        raise TypeError(f"out_dtype float64 needs float64 hidden_states, got {dtype}: sums are float32 below that")
+    return out_dtype
+
+
+def _by_exit(dims: list[int], dims_per_exit: list[int]) -> list[list[int]]:
+    remaining = iter(dims)
+    return [[next(remaining) for _ in range(count)] for count in dims_per_exit]
+
+
+def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A backend's function, which takes dims as a list per exit, in the schema's terms, which knows only flat lists."""
+
+    def run(
+        hidden_states: list[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mode: str,
+        dims: list[int],
+        dims_per_exit: list[int],
+        normalize: bool,
+        out_dtype: torch.dtype,
+    ) -> list[Tensor]:
+        nested = _by_exit(dims, dims_per_exit)
+        return pool(hidden_states, attention_mask, cu_seqlens, mode, nested, normalize, out_dtype)
+
+    return run
+
+
+def _backward_reference(
+    hidden_states: list[Tensor],
+    grads: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+) -> list[Tensor]:
+    nested = _by_exit(dims, dims_per_exit)
+    return reference.pool_exits_backward(hidden_states, grads, attention_mask, cu_seqlens, mode, nested, normalize)
+
+
+def _fake(
+    hidden_states: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    batch = hidden_states[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return [hidden_states[0].new_empty((batch, dim), dtype=out_dtype) for dim in dims]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden_states, attention_mask, cu_seqlens, *ctx.options, _ = inputs
+    ctx.save_for_backward(attention_mask, cu_seqlens, *hidden_states)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    attention_mask, cu_seqlens, *hidden_states = ctx.saved_tensors
+    grad_hidden = _pool_exits_backward(hidden_states, list(grads), attention_mask, cu_seqlens, *ctx.options)
+    return (grad_hidden, None, None, None, None, None, None, None)
+
+
+# Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype),
+# shapes and dtypes already checked, values not, and returns [B, dim] tensors exit by exit.
+_pool_exits = Op(
+    "pool_exits(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str mode, int[] dims, "
+    "int[] dims_per_exit, bool normalize, ScalarType out_dtype) -> Tensor[]",
+    implementations={"reference": _implementation(reference.pool_exits)},
+    fake=_fake,
+    accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+_pool_exits_backward = Op(
+    "pool_exits_backward(Tensor[] hidden_states, Tensor[] grads, Tensor? attention_mask, Tensor? cu_seqlens, "
+    "str mode, int[] dims, int[] dims_per_exit, bool normalize) -> Tensor[]",
+    implementations={"reference": _backward_reference},
+    fake=lambda hidden_states, *_: [hidden.new_empty(hidden.shape) for hidden in hidden_states],
+)

@@ -66,9 +66,9 @@ def check_values(attention_mask: Tensor | None, cu_seqlens: Tensor | None, shape
     if attention_mask is not None and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold only 0 and 1, got other values")
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != shape[0] or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the {shape[0]} tokens of hidden_states, got {offsets}")
+        rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not rising or cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0]:
+            raise ValueError(f"cu_seqlens must rise from 0 to the {shape[0]} tokens of hidden_states, got {cu_seqlens}")
 
 
 def _padded(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

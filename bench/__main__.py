@@ -1,0 +1,66 @@
+"""The command line of the benchmarks: `python -m bench --help`."""
+
+import os
+
+# Several OpenMP runtimes live in one process here (PyTorch's, FAISS's): idle threads of one must sleep, not spin on the
+# cores that another one is being timed on. Read when the runtimes are loaded, hence before any other import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import importlib
+import os.path
+import sys
+from pathlib import Path
+
+from . import environment, limits, report, runner
+
+FAMILIES = tuple(
+    sorted(
+        path.stem
+        for path in Path(__file__).parent.glob("*.py")
+        if path.stem not in ("__init__", "__main__", "environment", "report", "runner", "workload")
+    )
+)
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if min(arguments.threads) < 1:
+        sys.exit(f"bench: --threads must be at least 1, got {min(arguments.threads)}")
+    environment.require_device(arguments.device)
+    thread_counts = arguments.threads if arguments.device == "cpu" else [os.cpu_count() or 1]
+    if arguments.family == "limits":
+        measured = {count: limits.measure(count, arguments.device, arguments.quick) for count in thread_counts}
+        results = runner.Results([], [], measured)
+    else:
+        cases = list(importlib.import_module(f"bench.{arguments.family}").cases())
+        try:
+            results = runner.run(cases, thread_counts, arguments.device, arguments.quick, _progress)
+        except runner.VerificationError as error:
+            sys.exit(f"bench: {error}")
+    circumstances = environment.describe(arguments.device)
+    report.print_all(arguments.family, results, circumstances)
+    output = arguments.output or (None if arguments.quick else RESULTS)
+    if output is not None:
+        stem = arguments.family if arguments.device == "cpu" else f"{arguments.family}-{arguments.device}"
+        report.write_all(output, stem, results, circumstances)
+        print(f"\nwritten to {os.path.relpath(output)}/{stem}.*")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("family", choices=[*FAMILIES, "limits"], help="what to measure; limits: only the machine")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="smoke test: tiny inputs, nothing written by default")
+    parser.add_argument("--output", type=Path, help="folder for csv, markdown and png (default: bench/results)")
+    return parser
+
+
+def _progress(message: str) -> None:
+    print(f"... {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

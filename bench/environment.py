@@ -1,0 +1,77 @@
+"""What was measured on, and how many threads its libraries use."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastembed
+from fastembed._native import core
+
+ROOT = Path(__file__).parent.parent
+PEERS = ("torch", "sentence-transformers", "transformers", "faiss-cpu", "onnxruntime", "numpy", "triton")
+
+
+def set_threads(threads: int) -> None:
+    """Give every loaded library the same number of threads."""
+    torch.set_num_threads(threads)
+    if (faiss := sys.modules.get("faiss")) is not None:
+        faiss.omp_set_num_threads(threads)
+
+
+def require_device(device: str) -> None:
+    """Exit with the reason where the device asked for is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"bench: --device cuda needs a GPU that PyTorch can use; PyTorch {torch.__version__} finds none")
+
+
+def describe(device: str) -> dict[str, str]:
+    """The circumstances that every result row carries."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "isa": core.isa(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join([f"fastembed-kernels {fastembed.__version__}", *_versions()]),
+    }
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PEERS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return found
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if changes.stdout else "")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

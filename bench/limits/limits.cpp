@@ -1,0 +1,209 @@
+// The most that this machine's cores and memory can do, as rates per second.
+//
+// Compiled with -march=native on the machine that is measured, never shipped. The arithmetic loops stay in registers,
+// with enough independent chains to hide the latency of every instruction; an empty asm statement makes each operand
+// look changed, so that the compiler can neither hoist nor fold anything.
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+using FloatVector = float __attribute__((vector_size(vector_bytes)));
+using IntVector = int32_t __attribute__((vector_size(vector_bytes)));
+using WordVector = uint64_t __attribute__((vector_size(vector_bytes)));
+
+template <class T>
+inline void opaque(T& value) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(value));
+#else
+  asm volatile("" : "+m"(value));
+#endif
+}
+
+// The thread's own processor time, so that other programs on the machine do not lower the limit.
+double thread_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+// Sum over threads of the rates that `body(thread)` returns, all started together.
+template <class Body>
+double total_rate(int threads, const Body& body) {
+  std::atomic<int> waiting{threads};
+  std::vector<double> rates(threads);
+  std::vector<std::thread> pool;
+  for (int thread = 0; thread < threads; ++thread) {
+    pool.emplace_back([&, thread] {
+      --waiting;
+      while (waiting.load() > 0) std::this_thread::yield();
+      rates[thread] = body(thread);
+    });
+  }
+  double total = 0;
+  for (int thread = 0; thread < threads; ++thread) {
+    pool[thread].join();
+    total += rates[thread];
+  }
+  return total;
+}
+
+constexpr int batch = 4096;
+
+// Operations per second of `run`, which does `operations` of them `batch` times. `run` keeps its sums in local
+// variables: captured ones would be stored at every step.
+template <class Run>
+double rate(double seconds, double operations, const Run& run) {
+  const double start = thread_seconds();
+  double elapsed = 0;
+  int64_t batches = 0;
+  while ((elapsed = thread_seconds() - start) < seconds) {
+    run();
+    ++batches;
+  }
+  return operations * batch * batches / elapsed;
+}
+
+constexpr int chains = 12;
+
+// Products of unsigned and signed bytes, added to 32-bit sums, by the best instruction the machine has.
+inline IntVector dot_bytes(IntVector sum, IntVector a, IntVector b) {
+#if defined(__AVX512VNNI__)
+  return (IntVector)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (IntVector)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX512BW__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+  return (IntVector)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+  return (IntVector)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (IntVector)vdotq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);
+#else
+  for (int shift = 0; shift < 32; shift += 8) sum += ((a >> shift) & 255) * ((b << (24 - shift)) >> 24);
+  return sum;
+#endif
+}
+
+inline WordVector count_bits(WordVector words) {
+#if defined(__AVX512VPOPCNTDQ__)
+  return (WordVector)_mm512_popcnt_epi64((__m512i)words);
+#else
+  for (int i = 0; i < vector_bytes / 8; ++i) words[i] = __builtin_popcountll(words[i]);
+  return words;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+double limit_int8(int threads, double seconds) {
+  return total_rate(threads, [=](int) {
+    return rate(seconds, 2.0 * chains * vector_bytes, [] {
+      IntVector a{}, b{}, sums[chains] = {};
+      for (int i = 0; i < batch; ++i) {
+        opaque(a);
+        opaque(b);
+#pragma GCC unroll 16
+        for (IntVector& sum : sums) {
+          sum = dot_bytes(sum, a, b);
+          opaque(sum);
+        }
+      }
+    });
+  });
+}
+
+double limit_float32(int threads, double seconds) {
+  return total_rate(threads, [=](int) {
+    return rate(seconds, 2.0 * chains * vector_bytes / sizeof(float), [] {
+      FloatVector a{}, b{}, sums[chains] = {};
+      for (int i = 0; i < batch; ++i) {
+        opaque(a);
+        opaque(b);
+#pragma GCC unroll 16
+        for (FloatVector& sum : sums) {
+          sum += a * b;
+          opaque(sum);
+        }
+      }
+    });
+  });
+}
+
+double limit_popcount(int threads, double seconds) {
+  return total_rate(threads, [=](int) {
+    return rate(seconds, 8.0 * chains * vector_bytes, [] {
+      WordVector code{}, query{}, sums[chains] = {};
+      for (int i = 0; i < batch; ++i) {
+#pragma GCC unroll 16
+        for (WordVector& sum : sums) {
+          opaque(code);
+          opaque(query);
+          sum += count_bits(code ^ query);
+          opaque(sum);
+        }
+      }
+    });
+  });
+}
+
+// Every thread reads its own part of one buffer of `bytes`, `repeats` times; the best pass of each counts.
+double limit_read(int threads, size_t bytes, int repeats) {
+  constexpr size_t streams = 8, step = streams * vector_bytes, huge_page = 1 << 21;
+  const size_t part = bytes / threads / step * step;
+  const size_t size = (part * threads + huge_page - 1) / huge_page * huge_page;
+  std::unique_ptr<char, decltype(&free)> buffer(static_cast<char*>(aligned_alloc(huge_page, size)), &free);
+  if (!buffer) return 0;
+#ifdef MADV_HUGEPAGE
+  madvise(buffer.get(), size, MADV_HUGEPAGE);
+#endif
+  memset(buffer.get(), 1, size);
+  return total_rate(threads, [&](int thread) {
+    const char* data = buffer.get() + part * thread;
+    WordVector seen[streams] = {};
+    double best = 0;
+    for (int pass = 0; pass < repeats; ++pass) {
+      const double start = thread_seconds();
+      for (size_t offset = 0; offset < part; offset += step)
+        for (size_t stream = 0; stream < streams; ++stream)
+          seen[stream] |= *reinterpret_cast<const WordVector*>(data + offset + stream * vector_bytes);
+      best = std::max(best, part / (thread_seconds() - start));
+    }
+    for (WordVector& words : seen) opaque(words);
+    return best;
+  });
+}
+}

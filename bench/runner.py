@@ -1,0 +1,199 @@
+"""Verifies and times workloads."""
+
+import dataclasses
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import environment, limits
+from .workload import OURS, Case, Context, Faster, OfLimit, Workload
+
+
+class VerificationError(Exception):
+    """A provider's result is further from the truth than its tolerance."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the best and the median round, and the best processor time of all threads together."""
+
+    best: float
+    median: float
+    processor: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider in one case at one thread count; `bound` is the least time that the limits allow, if any apply."""
+
+    case: str
+    provider: str
+    threads: int
+    timing: Timing
+    error: float
+    rate: float
+    unit: str
+    bound: float | None
+    bound_by: str | None
+
+    @property
+    def of_limit(self) -> float | None:
+        return None if self.bound is None else self.bound / self.timing.best
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One goal and what was reached; `reached` is None where the peer was not installed."""
+
+    case: str
+    threads: int
+    goal: str
+    wanted: float
+    reached: float | None
+
+    @property
+    def outcome(self) -> str:
+        if self.reached is None:
+            return "not measured"
+        return "met" if self.reached >= self.wanted else "MISSED"
+
+
+@dataclass(frozen=True)
+class Results:
+    measurements: list[Measurement]
+    verdicts: list[Verdict]
+    limits: dict[int, dict[str, float]]
+
+
+def run(
+    cases: list[Case], thread_counts: list[int], device: str, quick: bool, progress: Callable[[str], None]
+) -> Results:
+    """Measure every case at every thread count.
+
+    Raises:
+        VerificationError: a provider is wrong; nothing of its case has been timed.
+    """
+    measurements: list[Measurement] = []
+    verdicts: list[Verdict] = []
+    limits_by_threads: dict[int, dict[str, float]] = {}
+    for threads in thread_counts:
+        environment.set_threads(threads)
+        progress(f"limits of the machine, {threads} threads")
+        timed = []
+        before = limits.measure(threads, device, quick)
+        for case in cases:
+            progress(f"{case.name}, {threads} threads")
+            workload = case.setup(Context(threads, device, quick))
+            environment.set_threads(threads)  # again: the setup may have loaded another library, or changed it
+            timed.append((case.name, _without_calls(workload), *_verify_and_time(case.name, workload, device, quick)))
+            del workload
+            gc.collect()
+        # A machine that was held back during one of the two must not make us look closer to its limit than we are.
+        after = limits.measure(threads, device, quick)
+        limits_by_threads[threads] = {name: max(before[name], after[name]) for name in before}
+        for name, workload, errors, timings in timed:
+            rows = _measurements(name, workload, errors, timings, threads, limits_by_threads[threads])
+            measurements += rows
+            verdicts += _verdicts(rows, workload)
+    return Results(measurements, verdicts, limits_by_threads)
+
+
+def _verify_and_time(
+    case: str, workload: Workload, device: str, quick: bool
+) -> tuple[dict[str, float], dict[str, Timing]]:
+    errors = {}
+    for name, call in workload.providers.items():
+        errors[name] = workload.verify(name, call())
+        if not errors[name] <= workload.tolerance_of(name):  # a NaN fails too
+            raise VerificationError(
+                f"{case}: {name} has error {errors[name]:.3g}, tolerance {workload.tolerance_of(name):.3g}"
+            )
+    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    return errors, _time_in_turns(workload.providers, clock, quick)
+
+
+def _time_in_turns(
+    providers: Any, clock: Callable[[Callable[[], Any], int], tuple[float, float]], quick: bool
+) -> dict[str, Timing]:
+    """Time all providers round by round, in a new order each round, so that drift of the machine hits all alike."""
+    sample, budget, fewest = (0.001, 0.05, 2) if quick else (0.01, 1.5 * len(providers), 7)
+    repeats = {}
+    for name, call in providers.items():
+        seconds = min(clock(call, 1)[0] for _ in range(2))
+        repeats[name] = max(1, round(sample / max(seconds, 1e-7)))
+    wall: dict[str, list[float]] = {name: [] for name in providers}
+    processor: dict[str, list[float]] = {name: [] for name in providers}
+    order = random.Random(0)
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < fewest or time.perf_counter() - start < budget:
+        for name in order.sample(list(providers), len(providers)):
+            seconds, processor_seconds = clock(providers[name], repeats[name])
+            wall[name].append(seconds / repeats[name])
+            processor[name].append(processor_seconds / repeats[name])
+        rounds += 1
+    return {name: Timing(min(wall[name]), statistics.median(wall[name]), min(processor[name])) for name in providers}
+
+
+def _cpu_seconds(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Wall-clock and processor seconds of `repeats` calls."""
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def _cuda_seconds(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds between two events on the stream around `repeats` calls, and processor seconds of the host meanwhile."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    processor = time.process_time()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, time.process_time() - processor
+
+
+def _without_calls(workload: Workload) -> Workload:
+    """What is needed after timing, without the calls and the inputs that they hold on to."""
+    return dataclasses.replace(workload, providers={}, verify=lambda name, result: 0.0)
+
+
+def _measurements(
+    case: str,
+    workload: Workload,
+    errors: dict[str, float],
+    timings: dict[str, Timing],
+    threads: int,
+    rates: dict[str, float],
+) -> list[Measurement]:
+    bounds = {name: demand / rates[name] for name, demand in workload.demands.items() if name in rates}
+    bound_by = max(bounds, key=bounds.__getitem__, default=None)
+    bound = None if bound_by is None else bounds[bound_by]
+    return [
+        Measurement(
+            case, name, threads, timing, errors[name], workload.amount / timing.best, workload.unit, bound, bound_by
+        )
+        for name, timing in timings.items()
+    ]
+
+
+def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
+    by_provider = {row.provider: row for row in rows}
+    ours = by_provider[OURS]
+    verdicts = []
+    for goal in workload.goals:
+        if isinstance(goal, Faster):
+            peer = by_provider.get(goal.than)
+            reached = None if peer is None else peer.timing.best / ours.timing.best
+            verdicts.append(Verdict(ours.case, ours.threads, f"times the speed of {goal.than}", goal.by, reached))
+        elif isinstance(goal, OfLimit):
+            verdicts.append(Verdict(ours.case, ours.threads, f"of limit {ours.bound_by}", goal.fraction, ours.of_limit))
+    return verdicts

@@ -1,0 +1,85 @@
+"""The benchmarks run: every family, on inputs too small to mean anything, with every provider verified."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import Case, Context, Faster, OfLimit, Workload, runner
+
+ROOT = Path(__file__).parent.parent
+HARNESS = {"__init__", "__main__", "environment", "report", "runner", "workload"}
+FAMILIES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - HARNESS)
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "limits"])
+def test_quick_run_writes_all_outputs(family: str, tmp_path: Path) -> None:
+    result = _bench(family, "--quick", "--threads", "1", "2", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / f"{family}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["threads"] for row in rows} == {"1", "2"}
+    assert {"int8", "float32", "popcount", "read"} <= {row["provider"] for row in rows if row["case"] == "limit"}
+    assert all(float(row["rate"]) > 0 and row["cpu"] and row["versions"] for row in rows)
+    assert (tmp_path / f"{family}.md").read_text().startswith(f"# {family}")
+    assert (tmp_path / f"{family}.png").exists() == (family != "limits")
+
+
+def test_quick_run_leaves_the_recorded_results_alone() -> None:
+    result = _bench("limits", "--quick", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    assert "written" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["none"], "invalid choice"), (["limits", "--threads", "0"], "--threads must be at least 1, got 0")],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
+    result = _bench(*arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_cuda_without_a_gpu_is_a_clear_error() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = _bench("limits", "--device", "cuda")
+    assert result.returncode != 0
+    assert "--device cuda needs a GPU that PyTorch can use" in result.stderr
+
+
+def _case(wrong: float = 0.0) -> Case:
+    def setup(context: Context) -> Workload:
+        return Workload(
+            providers={"fastembed": lambda: 1.0, "peer": lambda: 1.0 + wrong},
+            verify=lambda name, result: abs(result - 1.0),
+            tolerance=0.1,
+            amount=8.0,
+            unit="B",
+            demands={"read": 8.0},
+            goals=[Faster("peer", 1e-9), Faster("absent", 2.0), OfLimit(1e9)],
+        )
+
+    return Case("case", setup)
+
+
+def test_goals_are_judged() -> None:
+    results = runner.run([_case()], [1], "cpu", True, lambda message: None)
+    assert [verdict.outcome for verdict in results.verdicts] == ["met", "not measured", "MISSED"]
+    assert {row.bound_by for row in results.measurements} == {"read"}
+
+
+@pytest.mark.parametrize("wrong", [0.2, float("nan")])
+def test_a_wrong_provider_is_not_timed(wrong: float) -> None:
+    with pytest.raises(runner.VerificationError, match="case: peer has error"):
+        runner.run([_case(wrong)], [1], "cpu", True, lambda message: None)

@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from .linear import QuantLinear
 from .pooling import MultiExitPooling
 
-__all__ = ["MultiExitPooling"]
+__all__ = ["MultiExitPooling", "QuantLinear"]

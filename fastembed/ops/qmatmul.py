@@ -1,0 +1,191 @@
+"""Low-bit linear layers: checks, schema, fake kernel, autograd and backend choice."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import qmatmul as reference
+from ._registry import Op
+
+EPILOGUES = (None, "gelu", "gelu_tanh", "relu")
+BITS = range(2, 9)
+GROUP_MULTIPLE = 16
+
+# As csrc/common/dtype.hpp numbers them.
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def qlinear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    epilogue: str | None = None,
+) -> Tensor:
+    """A linear layer on packed low-bit weights, with activations quantised to int8 per token on the way in.
+
+    `fastembed.nn.QuantLinear` owns such weights; `fastembed.reference.qmatmul` defines the layout and the arithmetic.
+
+    Args:
+        x: [..., in_features], float32, bfloat16 or float16. A token (row) with a NaN or infinite entry gives NaN
+            outputs; the other tokens are not affected.
+        codes: uint8 [panels, ceil(in_features / 4), 32 * bits], panels = ceil(out_features / 64).
+        scales: float16 [panels, groups, 64], groups = ceil(in_features / group_size).
+        zeros: uint8 like scales, or None for symmetric codes.
+        bias: [out_features] in any of x's dtypes, or None.
+        bits: 2 to 8.
+        group_size: a positive multiple of 16.
+        out_features: rows of the weight.
+        epilogue: None, "gelu" (erf), "gelu_tanh" or "relu", applied after the bias.
+
+    Returns:
+        [..., out_features] in x's dtype. Accumulated in int32 within a group and float32 across groups, rounded once.
+        The gradient reaches x (straight through the rounding of the activations) and bias; weights have none.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    return _qlinear(x, codes, scales, zeros, bias, bits, group_size, out_features, epilogue)
+
+
+def dequantize_weight(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """The float32 weight [out_features, in_features] that packed codes stand for; arguments as in `qlinear`."""
+    return _dequantize(codes, scales, zeros, bits, group_size, out_features, in_features)
+
+
+def check_configuration(bits: int, group_size: int, epilogue: str | None) -> None:
+    """Raise ValueError for settings that no backend implements."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be {BITS.start} to {BITS.stop - 1}, got {bits!r}")
+    if not isinstance(group_size, int) or group_size <= 0 or group_size % GROUP_MULTIPLE:
+        raise ValueError(f"group_size must be a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"epilogue must be one of {', '.join(map(repr, EPILOGUES))}, got {epilogue!r}")
+
+
+def _check_weight(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, n: int, k: int
+) -> None:
+    panels = -(-n // reference.PANEL)
+    _check_tensor("codes", codes, (panels, -(-k // reference.QUAD), 32 * bits), torch.uint8, codes.device)
+    per_group = (panels, -(-k // group_size), reference.PANEL)
+    _check_tensor("scales", scales, per_group, torch.float16, codes.device)
+    if zeros is not None:
+        _check_tensor("zeros", zeros, per_group, torch.uint8, codes.device)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, where the other tensors are, got {tensor.device}")
+
+
+def _check(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    epilogue: str | None,
+) -> None:
+    check_configuration(bits, group_size, epilogue)
+    if x.dtype not in _DTYPE_CODES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if x.device != codes.device:
+        raise ValueError(f"x must be on {codes.device}, where the weight is, got {x.device}")
+    if codes.dim() == 3 and -(-x.shape[-1] // reference.QUAD) != codes.shape[1]:
+        raise ValueError(
+            f"x must end in a dimension of the weight's in_features (at most {codes.shape[1] * reference.QUAD}), "
+            f"got shape {list(x.shape)}"
+        )
+    _check_weight(codes, scales, zeros, bits, group_size, out_features, x.shape[-1])
+    if bias is not None:
+        if bias.dtype not in _DTYPE_CODES:
+            raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
+        _check_tensor("bias", bias, (out_features,), bias.dtype, x.device)
+
+
+def _reference(x: Tensor, *args: Any) -> Tensor:
+    _check(x, *args)
+    return reference.qlinear(x, *args)
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    _check(x, *args)
+    out_features = args[6]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.out_features, ctx.epilogue = inputs
+    ctx.save_for_backward(x, codes, scales, zeros, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, scales, zeros, bias = ctx.saved_tensors
+    grad = grad.float()
+    if ctx.epilogue is not None:
+        before = _qlinear(x, codes, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.out_features, None)
+        grad = reference.epilogue_gradient(grad, before.float(), ctx.epilogue)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = _dequantize(codes, scales, zeros, ctx.bits, ctx.group_size, ctx.out_features, x.shape[-1])
+        grad_x = (grad @ weight).to(x.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, ctx.out_features).sum(dim=0).to(bias.dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+def _dequantize_reference(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, n: int, k: int
+) -> Tensor:
+    check_configuration(bits, group_size, None)
+    _check_weight(codes, scales, zeros, bits, group_size, n, k)
+    return reference.dequantize_weight(codes, scales, zeros, bits, group_size, n, k)
+
+
+def _dequantize_fake(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, n: int, k: int
+) -> Tensor:
+    check_configuration(bits, group_size, None)
+    _check_weight(codes, scales, zeros, bits, group_size, n, k)
+    return codes.new_empty(n, k, dtype=torch.float32)
+
+
+_qlinear = Op(
+    "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
+    "int out_features, str? epilogue) -> Tensor",
+    implementations={"reference": _reference},
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_dequantize = Op(
+    "dequantize_weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, int out_features, "
+    "int in_features) -> Tensor",
+    implementations={"reference": _dequantize_reference},
+    fake=_dequantize_fake,
+)

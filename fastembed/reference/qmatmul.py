@@ -1,0 +1,144 @@
+"""Low-bit linear layers in plain PyTorch: the layout of packed weights, and the arithmetic on them.
+
+    w[n, k] = scale[n, g] * (code[n, k] - zero[n, g])            g = k // group_size, codes of 1 to 8 bits
+    a[m, k] = round(x[m, k] * 127 / amax[m])                     int8, amax[m] the largest |x[m, k]| of the token
+    y[m, n] = amax[m] / 127 * sum_g scale[n, g] * sum_{k in g} a[m, k] * (code[n, k] - zero[n, g])  + bias[n]
+
+The inner sum is an exact integer, the outer one float32 in the order of the groups, so a row's result does not depend
+on the other rows.
+
+Packed codes are one layout for every bit-width and every CPU: panels of 64 output features; within a panel, for every 4
+input features, 256 codes in 32 * bits bytes, as four tiles of 16 output features. A tile is eight little-endian words
+of `bits` bytes, each with 8 codes: 2 output features by 4 input features, which is one 64-bit lane of a register that
+an int8 dot-product instruction takes. Output features are padded to 64 and input features to 4 with code 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 64
+TILES = 4
+QUAD = 4
+LANES = 8
+
+# Below this a token's largest activation counts as this much, so that 127 / amax stays finite.
+SMALLEST_AMAX = 2.0**-100
+
+
+def qlinear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    epilogue: str | None,
+) -> Tensor:
+    """The layer on x [..., in_features]; see `fastembed.ops.qmatmul.qlinear`."""
+    in_features = x.shape[-1]
+    activations, token_scales = quantize_activations(x.reshape(-1, in_features))
+    weights = unpack_codes(codes, bits, out_features, in_features).double()
+    midpoints = zero_points(scales, zeros, bits)
+    total = torch.zeros(activations.shape[0], out_features, device=x.device)
+    for group, columns in enumerate(torch.arange(in_features, device=x.device).split(group_size)):
+        # Products and sums of these integers are exact in float64.
+        signed = weights[:, columns] - from_panels(midpoints, out_features)[:, group, None].double()
+        dot = (activations[:, columns].double() @ signed.T).float()
+        total += dot * from_panels(scales, out_features)[:, group].float()
+    y = total * token_scales
+    if bias is not None:
+        y = y + bias.float()
+    return apply_epilogue(y, epilogue).to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [M, K] of x [M, K], and a float32 scale [M, 1] per token: NaN where the token is not finite."""
+    x = x.float()
+    if x.shape[1] == 0:
+        return x.to(torch.int8), x.new_zeros(x.shape[0], 1)
+    amax = x.abs().amax(dim=1, keepdim=True)
+    finite = amax.isfinite()
+    amax = amax.clamp(min=SMALLEST_AMAX)
+    codes = torch.where(finite, x * (127.0 / amax), 0).round()
+    return codes.to(torch.int8), torch.where(finite, amax * (1.0 / 127.0), float("nan"))
+
+
+def apply_epilogue(y: Tensor, epilogue: str | None) -> Tensor:
+    """What follows the bias, by the name that QuantLinear gives it."""
+    if epilogue == "relu":
+        return y.relu()
+    if epilogue is not None:
+        return F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    return y
+
+
+def epilogue_gradient(grad: Tensor, y: Tensor, epilogue: str | None) -> Tensor:
+    """Gradient with respect to y, from the gradient of `apply_epilogue(y, epilogue)`."""
+    if epilogue == "relu":
+        return grad * (y > 0)
+    if epilogue is not None:
+        return torch.ops.aten.gelu_backward(grad, y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    return grad
+
+
+def dequantize_weight(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """The float32 weight [out_features, in_features] that packed codes stand for."""
+    weights = unpack_codes(codes, bits, out_features, in_features).float()
+    groups = torch.arange(in_features, device=codes.device) // group_size
+    midpoints = from_panels(zero_points(scales, zeros, bits), out_features)
+    return (weights - midpoints[:, groups]) * from_panels(scales, out_features).float()[:, groups]
+
+
+def zero_points(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Zero points [panels, groups, 64] in float32: those stored, or the midpoint of symmetric codes."""
+    return torch.full_like(scales, midpoint(bits), dtype=torch.float32) if zeros is None else zeros.float()
+
+
+def midpoint(bits: int) -> int:
+    """The code that stands for 0 in symmetric quantisation."""
+    return 1 << (bits - 1)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, K], uint8 below 2**bits, to the packed layout [ceil(N / 64), ceil(K / 4), 32 * bits]."""
+    rows, columns = codes.shape
+    codes = F.pad(codes, (0, -columns % QUAD, 0, -rows % PANEL))
+    words = codes.reshape(-1, TILES, LANES, 2, codes.shape[1] // QUAD, QUAD).permute(0, 4, 1, 2, 3, 5)
+    words = words.reshape(*words.shape[:4], 8).long()
+    shifts = bits * torch.arange(8, device=codes.device)
+    words = (words << shifts).sum(dim=-1, keepdim=True)  # fields do not overlap, so the sum is their union
+    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
+    return packed.to(torch.uint8).flatten(2)
+
+
+def unpack_codes(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """Inverse of `pack_codes`: uint8 [rows, columns]."""
+    panels, quads, _ = packed.shape
+    octets = packed.reshape(panels, quads, TILES, LANES, bits).long()
+    words = (octets << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
+    fields = (words >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
+    fields = fields.to(torch.uint8).reshape(panels, quads, TILES, LANES, 2, QUAD)
+    return fields.permute(0, 2, 3, 4, 1, 5).reshape(panels * PANEL, quads * QUAD)[:rows, :columns].contiguous()
+
+
+def to_panels(values: Tensor) -> Tensor:
+    """Per-group values [N, groups] as the kernels read them: [ceil(N / 64), groups, 64], padded with 0."""
+    rows, groups = values.shape
+    padded = F.pad(values, (0, 0, 0, -rows % PANEL))
+    return padded.reshape(-1, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def from_panels(values: Tensor, rows: int) -> Tensor:
+    """Inverse of `to_panels`: [rows, groups]."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])[:rows]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._native import core, num_threads
 from ..reference import pooling as reference
 from ._registry import Op
 
@@ -210,6 +211,74 @@ def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Ten
     return run
 
 
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
+
+# How csrc/pooling reads a mask of any dtype: the element's size, its bits for 1, and its bits for -0.0.
+_MASK_BITS = {
+    **dict.fromkeys((torch.bool, torch.uint8, torch.int8), (1, 1, 0)),
+    torch.int16: (2, 1, 0),
+    torch.int32: (4, 1, 0),
+    torch.int64: (8, 1, 0),
+    torch.float16: (2, 0x3C00, 0x8000),
+    torch.bfloat16: (2, 0x3F80, 0x8000),
+    torch.float32: (4, 0x3F80_0000, 0x8000_0000),
+    torch.float64: (8, 0x3FF0_0000_0000_0000, 0x8000_0000_0000_0000),
+}
+
+
+def _pool_exits_cpu(
+    hidden_states: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    dims: list[list[int]],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    first = hidden_states[0]
+    mask = offsets = None
+    if cu_seqlens is not None:
+        sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
+        offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
+    else:
+        sequences, tokens = first.shape[:2]
+        if attention_mask is not None:
+            if attention_mask.dtype not in _MASK_BITS:
+                attention_mask = attention_mask.to(torch.float32)
+            size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
+            row_stride, token_stride = attention_mask.stride()
+            mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
+    exits = []
+    outputs = []
+    readable = [_with_contiguous_features(hidden) for hidden in hidden_states]  # kept alive during the call
+    for hidden, exit_dims in zip(readable, dims, strict=True):
+        prefixes = []
+        for dim in exit_dims:
+            output = first.new_empty((sequences, dim), dtype=out_dtype)
+            outputs.append(output)
+            prefixes.append((dim, output.data_ptr()))
+        sequence_stride = 0 if cu_seqlens is not None else hidden.stride(0)
+        exits.append((hidden.data_ptr(), sequence_stride, hidden.stride(-2), prefixes))
+    core.pool_exits(
+        exits,
+        sequences,
+        tokens,
+        mask,
+        offsets,
+        MODES.index(mode),
+        _DTYPE_CODES[first.dtype],
+        _DTYPE_CODES[out_dtype],
+        normalize,
+        num_threads(),
+    )
+    return outputs
+
+
+def _with_contiguous_features(hidden: Tensor) -> Tensor:
+    hidden = hidden.resolve_neg()
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+
+
 def _backward_reference(
     hidden_states: list[Tensor],
     grads: list[Tensor],
@@ -254,7 +323,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 _pool_exits = Op(
     "pool_exits(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str mode, int[] dims, "
     "int[] dims_per_exit, bool normalize, ScalarType out_dtype) -> Tensor[]",
-    implementations={"reference": _implementation(reference.pool_exits)},
+    implementations={
+        "reference": _implementation(reference.pool_exits),
+        "cpu": _implementation(_pool_exits_cpu),
+    },
     fake=_fake,
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
     backward=_backward,

@@ -1,0 +1,40 @@
+// Which tokens each sequence of a batch consists of, found once per call and shared by all exits.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "pooling/pooling.hpp"
+
+namespace fastembed::pooling {
+
+class TokenPlan {
+ public:
+  struct Sequence {
+    int64_t start;         // first token of the sequence in a packed batch; 0 in a padded one
+    const int64_t* index;  // its valid tokens, ascending, counted from `start`
+    int64_t count;
+    float divisor;  // of their sum, or weighted sum
+  };
+
+  // Throws std::invalid_argument when the mask holds anything but 0 and 1, or the offsets do not rise from 0 to the
+  // number of tokens.
+  TokenPlan(const Batch& batch, Mode mode);
+
+  const Sequence& operator[](int64_t sequence) const { return sequences_[sequence]; }
+  int64_t tokens_to_read() const { return tokens_to_read_; }
+
+ private:
+  void read_mask(const Batch& batch);
+  void read_offsets(const Batch& batch);
+  void count_up_to(int64_t length);
+  void add(int64_t start, const int64_t* index, int64_t count);
+
+  Mode mode_;
+  std::vector<Sequence> sequences_;
+  std::unique_ptr<int64_t[]> positions_;
+  int64_t tokens_to_read_ = 0;
+};
+
+}  // namespace fastembed::pooling

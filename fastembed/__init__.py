@@ -1,11 +1,15 @@
 """fastembed: fast kernels for text-embedding models, on CPU, CUDA and Triton, behind one thin API."""
 
+from ._distributions import warn_if_name_is_shared as _warn_if_name_is_shared
 from ._native import torch as _torch
 from .backends import use_backend
+from .info import info
 
 __version__ = "0.1.0"
 
 if _torch is not None:
     from .ops.pooling import pool_exits
 
-__all__ = ["pool_exits", "use_backend"]
+_warn_if_name_is_shared()
+
+__all__ = ["info", "pool_exits", "use_backend"]

@@ -37,14 +37,21 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def requested_backend() -> str | None:
+    """What `use_backend` or FASTEMBED_BACKEND names, whether it can run here or not; None without either."""
+    return _forced.get() or os.environ.get("FASTEMBED_BACKEND") or None
+
+
 def forced_backend() -> str | None:
-    """The backend that `use_backend` or FASTEMBED_BACKEND asks for, or None."""
-    if (name := _forced.get()) is not None:
-        return name
-    if name := os.environ.get("FASTEMBED_BACKEND"):
+    """The backend that `use_backend` or FASTEMBED_BACKEND asks for, or None.
+
+    Raises:
+        ValueError: FASTEMBED_BACKEND names none.
+        RuntimeError: the backend is not available; the message says why.
+    """
+    if (name := requested_backend()) is not None and _forced.get() is None:
         _require_available(_check_name(name, "FASTEMBED_BACKEND"))
-        return name
-    return None
+    return name
 
 
 def unavailable_reason(name: str) -> str | None:

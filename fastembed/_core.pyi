@@ -16,3 +16,46 @@ def pool_exits(
     normalize: bool,
     threads: int,
 ) -> None: ...
+def pack_bits(x: int, dtype: int, rows: int, dim: int, codes: int, threads: int) -> None: ...
+def hamming_topk(
+    queries: int,
+    query_rows: int,
+    query_stride: int,
+    codes: int,
+    code_rows: int,
+    code_stride: int,
+    bytes: int,
+    k: int,
+    distances: int,
+    ids: int,
+    threads: int,
+) -> None: ...
+def sdc_encode(x: int, rows: int, dim: int, bits: int, codes: int, inverse_norms: int, threads: int) -> int: ...
+def sdc_topk(
+    queries: int,
+    query_inverse_norms: int,
+    query_rows: int,
+    query_stride: int,
+    codes: int,
+    inverse_norms: int,
+    code_rows: int,
+    code_stride: int,
+    dim: int,
+    bits: int,
+    k: int,
+    scores: int,
+    ids: int,
+    threads: int,
+) -> None: ...
+def rescore(
+    queries: int,
+    rows: int,
+    documents: int,
+    dim: int,
+    candidates: int,
+    count: int,
+    k: int,
+    scores: int,
+    ids: int,
+    threads: int,
+) -> None: ...

@@ -1,5 +1,66 @@
 #include <pybind11/pybind11.h>
 
-namespace py = pybind11;
+#include "search/search.hpp"
 
-void bind_search(py::module_&) {}
+namespace py = pybind11;
+using namespace fastembed;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+search::Matrix matrix(uintptr_t address, int64_t rows, int64_t bytes, int64_t stride) {
+  return {pointer<const uint8_t>(address), rows, bytes, stride};
+}
+
+}  // namespace
+
+void bind_search(py::module_& m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "pack_bits",
+      [](uintptr_t x, int dtype, int64_t rows, int64_t dim, uintptr_t codes, int threads) {
+        search::pack_bits(pointer<const void>(x), static_cast<DType>(dtype), rows, dim, pointer<uint8_t>(codes),
+                          threads);
+      },
+      release);
+  m.def(
+      "hamming_topk",
+      [](uintptr_t queries, int64_t query_rows, int64_t query_stride, uintptr_t codes, int64_t code_rows,
+         int64_t code_stride, int64_t bytes, int64_t k, uintptr_t distances, uintptr_t ids, int threads) {
+        search::hamming_topk(matrix(queries, query_rows, bytes, query_stride),
+                             matrix(codes, code_rows, bytes, code_stride), k, pointer<int32_t>(distances),
+                             pointer<int64_t>(ids), threads);
+      },
+      release);
+  m.def(
+      "sdc_encode",
+      [](uintptr_t x, int64_t rows, int64_t dim, int bits, uintptr_t codes, uintptr_t inverse_norms, int threads) {
+        return search::sdc_encode(pointer<const float>(x), rows, dim, bits, pointer<uint8_t>(codes),
+                                  pointer<float>(inverse_norms), threads);
+      },
+      release);
+  m.def(
+      "sdc_topk",
+      [](uintptr_t queries, uintptr_t query_inverse_norms, int64_t query_rows, int64_t query_stride, uintptr_t codes,
+         uintptr_t inverse_norms, int64_t code_rows, int64_t code_stride, int64_t dim, int bits, int64_t k,
+         uintptr_t scores, uintptr_t ids, int threads) {
+        const int64_t bytes = bits * ((dim + 7) / 8);
+        search::sdc_topk({matrix(queries, query_rows, bytes, query_stride), pointer<const float>(query_inverse_norms)},
+                         {matrix(codes, code_rows, bytes, code_stride), pointer<const float>(inverse_norms)}, dim, bits,
+                         k, pointer<float>(scores), pointer<int64_t>(ids), threads);
+      },
+      release);
+  m.def(
+      "rescore",
+      [](uintptr_t queries, int64_t rows, uintptr_t documents, int64_t dim, uintptr_t candidates, int64_t count,
+         int64_t k, uintptr_t scores, uintptr_t ids, int threads) {
+        search::rescore(pointer<const float>(queries), rows, pointer<const float>(documents), dim,
+                        pointer<const int64_t>(candidates), count, k, pointer<float>(scores), pointer<int64_t>(ids),
+                        threads);
+      },
+      release);
+}

@@ -1,0 +1,102 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "common/threading.hpp"
+#include "search/search.hpp"
+
+namespace fastembed::search {
+namespace {
+
+constexpr int64_t rows_per_task = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x > 0 without a conversion: the bits of a positive float are a positive integer, at most those of infinity (above
+// stand the NaNs).
+template <class Integer, Integer infinity>
+void pack_row(const Integer* x, int64_t dim, uint8_t* code) {
+  for (int64_t d = 0; d < dim; d += 8) {
+    unsigned byte = 0;
+    for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) {
+      byte |= static_cast<unsigned>(x[d + j] > 0 && x[d + j] <= infinity) << (7 - j);
+    }
+    code[d / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+// Steps of the uniform quantiser of least squared error for a unit normal source, by bits per dim (Max, "Quantizing for
+// Minimum Distortion", 1960, table II). With 1 bit only the threshold at 0 is left and the step is of no account.
+constexpr double optimal_step[] = {0.0, 0.0, 0.9957, 0.5860, 0.3352};
+
+// Returns false, having written nothing, when x holds a NaN or an infinity.
+bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inverse_norm) {
+  // Eight running sums, so that the order of the additions is the same on every machine.
+  double sums[8] = {};
+  for (int64_t d = 0; d < dim; d += 8) {
+    for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) sums[j] += static_cast<double>(x[d + j]) * x[d + j];
+  }
+  const double total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  if (!std::isfinite(total)) return false;
+
+  const double step = optimal_step[bits] * std::sqrt(total / static_cast<double>(dim));
+  const int levels = 1 << bits;
+  float thresholds[15];
+  for (int t = 0; t < levels - 1; ++t) thresholds[t] = static_cast<float>((t + 1 - levels / 2) * step);
+
+  const int64_t plane_bytes = ceil_div(dim, 8);
+  int64_t squares = 0;
+  for (int64_t d = 0; d < dim; d += 8) {
+    unsigned bytes[4] = {};
+    for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) {
+      int c = 0;
+      for (int t = 0; t < levels - 1; ++t) c += x[d + j] > thresholds[t];
+      const int level = 2 * c - (levels - 1);
+      squares += level * level;
+      for (int plane = 0; plane < bits; ++plane)
+        bytes[plane] |= static_cast<unsigned>(c >> (bits - 1 - plane) & 1) << (7 - j);
+    }
+    for (int plane = 0; plane < bits; ++plane) code[plane * plane_bytes + d / 8] = static_cast<uint8_t>(bytes[plane]);
+  }
+  *inverse_norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares)));
+  return true;
+}
+
+template <class Row>
+void for_rows(int64_t rows, int threads, const Row& body) {
+  parallel_for(ceil_div(rows, rows_per_task), threads, [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * rows_per_task);
+    for (int64_t row = task * rows_per_task; row < end; ++row) body(row);
+  });
+}
+
+}  // namespace
+
+void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, uint8_t* codes, int threads) {
+  const int64_t bytes = ceil_div(dim, 8);
+  for_rows(rows, threads, [&](int64_t row) {
+    uint8_t* const code = codes + row * bytes;
+    switch (dtype) {
+      case DType::f32:
+        return pack_row<int32_t, 0x7f800000>(static_cast<const int32_t*>(x) + row * dim, dim, code);
+      case DType::bf16:
+        return pack_row<int16_t, 0x7f80>(static_cast<const int16_t*>(x) + row * dim, dim, code);
+      case DType::f16:
+        return pack_row<int16_t, 0x7c00>(static_cast<const int16_t*>(x) + row * dim, dim, code);
+    }
+  });
+}
+
+int64_t sdc_encode(const float* x, int64_t rows, int64_t dim, int bits, uint8_t* codes, float* inverse_norms,
+                   int threads) {
+  const int64_t bytes = bits * ceil_div(dim, 8);
+  std::atomic<int64_t> first_bad{rows};
+  for_rows(rows, threads, [&](int64_t row) {
+    if (encode_row(x + row * dim, dim, bits, codes + row * bytes, inverse_norms + row)) return;
+    for (int64_t known = first_bad; row < known && !first_bad.compare_exchange_weak(known, row);) {
+    }
+  });
+  return first_bad == rows ? -1 : first_bad.load();
+}
+
+}  // namespace fastembed::search

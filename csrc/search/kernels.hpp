@@ -1,0 +1,63 @@
+// The search kernels of one instruction set. Plain data: files of every instruction set include it.
+//
+// Codes arrive as the user holds them, one row per code. For more than a query or two they are rearranged, a block that
+// fits the first-level cache at a time, so that a register holds the same word of several codes ("lanes"): then no
+// kernel ever sums across a register, and the rearranging is paid once for all the queries of a batch.
+#pragma once
+
+#include <cstdint>
+
+#include "search/candidates.hpp"
+
+namespace fastembed::search {
+
+struct Rows {
+  const uint8_t* data;
+  int64_t stride;  // bytes from one row to the next
+  int64_t count;
+  int64_t bytes;  // of one row
+};
+
+// 64-bit words of a bit plane; its last word is padded with zeros.
+constexpr int64_t words_of(int64_t bytes) { return (bytes + 7) / 8; }
+
+struct Block {
+  const void* data;            // as `pack_*` of the same table left it
+  int64_t count;               // codes in it
+  uint32_t first_id;           // id of its first code
+  const float* inverse_norms;  // of its codes; SDC only
+};
+
+// `count` queries, each `data` advanced by one packed query, with one Candidates each.
+struct QueryGroup {
+  const void* data;
+  int64_t count;
+  Candidates* candidates;
+  const float* inverse_norms;  // SDC only
+};
+
+struct Kernels {
+  // Codes side by side in a packed block: room for a whole number of such groups is needed.
+  int64_t bit_lanes;
+  int64_t level_lanes;
+
+  // Hamming distance of one query to rows as they lie. `query` is a row.
+  void (*scan_rows)(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates);
+
+  // Hamming distance, packed: words_of(bytes) words per code.
+  void (*pack_hamming)(const Rows& codes, uint64_t* block);
+  void (*scan_hamming)(const Block& block, int64_t words, const QueryGroup& queries);
+
+  // SDC with 1 or 2 bits: integer dot products from popcounts, bits * words_of(bytes / bits) words per code.
+  void (*pack_planes)(const Rows& codes, int bits, uint64_t* block);
+  void (*scan_planes)(const Block& block, int64_t words, int bits, int64_t dim, const QueryGroup& queries);
+
+  // SDC with 3 or 4 bits: integer dot products of the codes c (unsigned bytes) with the levels 2c - (2^bits - 1) of the
+  // queries (signed bytes), both padded with zeros to a multiple of 4 dims.
+  void (*pack_levels)(const Rows& codes, int bits, int64_t dim, uint8_t* block);
+  void (*scan_levels)(const Block& block, int bits, int64_t dim, const QueryGroup& queries);
+};
+
+extern const Kernels generic_kernels;
+
+}  // namespace fastembed::search

@@ -1,0 +1,88 @@
+#include "search/bit_kernels.hpp"
+#include "search/level_kernels.hpp"
+
+namespace fastembed::search {
+namespace {
+
+struct Word64 {
+  using Word = uint64_t;
+  static constexpr int64_t lanes = 1;
+  static constexpr int64_t query_group = 4;
+
+  static Word zero() { return 0; }
+  static Word load(const uint64_t* p) { return *p; }
+  static void store(uint64_t* p, Word a) { *p = a; }
+  static Word broadcast(const uint64_t* p) { return *p; }
+  static Word add(Word a, Word b) { return a + b; }
+  static Word complement(Word a) { return ~a; }
+  static Word exclusive_or(Word a, Word b) { return a ^ b; }
+  static Word exclusive_or(Word a, Word b, Word c) { return a ^ b ^ c; }
+  static Word xor_of_and(Word a, Word b, Word c) { return a ^ (b & c); }
+  static Word xor_of_or(Word a, Word b, Word c) { return a ^ (b | c); }
+  static Word select(Word which, Word a, Word b) { return b ^ (which & (a ^ b)); }
+  static Word majority(Word a, Word b, Word c) { return (a & b) | (c & (a | b)); }
+  // Carry of a + b + x, where sum = a ^ b ^ x.
+  static Word carry_of_sums(Word sum, Word a, Word b) { return select(a ^ b, ~sum, a); }
+
+  static Word popcount(Word a) {
+    a -= a >> 1 & 0x5555555555555555;
+    a = (a & 0x3333333333333333) + (a >> 2 & 0x3333333333333333);
+    a = (a + (a >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    return a * 0x0101010101010101 >> 56;
+  }
+
+  static uint32_t below(Word counts, uint32_t limit) { return counts < limit; }
+
+  static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t, float query_inverse_norm,
+                               float limit, float* score) {
+    const auto dot = static_cast<int32_t>(largest - 2 * static_cast<int64_t>(sum));
+    *score = static_cast<float>(dot) * *inverse_norms * query_inverse_norm;
+    return *score > limit;
+  }
+};
+
+struct Bytes4 {
+  using Sums = int32_t;
+  static constexpr int64_t lanes = 1;
+  static constexpr int64_t query_group = 4;
+
+  static Sums zero() { return 0; }
+  static const uint8_t* load(const uint8_t* p) { return p; }
+  static Sums add_dot(Sums sum, const uint8_t* code, const int8_t* query) {
+    for (int i = 0; i < 4; ++i) sum += code[i] * query[i];
+    return sum;
+  }
+  static uint32_t scores_above(Sums sum, int32_t offset, const float* inverse_norms, int64_t, float query_inverse_norm,
+                               float limit, float* score) {
+    *score = static_cast<float>(2 * sum - offset) * *inverse_norms * query_inverse_norm;
+    return *score > limit;
+  }
+};
+
+using Bits = BitKernels<Word64>;
+using Levels = LevelKernels<Bytes4>;
+
+void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
+  const int64_t whole = codes.bytes / 8 * 8;
+  for (int64_t row = 0; row < codes.count; ++row) {
+    const uint8_t* const code = codes.data + row * codes.stride;
+    uint64_t distance = 0;
+    for (int64_t i = 0; i < whole; i += 8) {
+      distance += Word64::popcount(load_word(code + i, 8) ^ load_word(query + i, 8));
+    }
+    const int64_t tail = codes.bytes - whole;
+    distance += Word64::popcount(load_word(code + whole, tail) ^ load_word(query + whole, tail));
+    if (distance < candidates.limit) {
+      add_candidate(candidates, static_cast<uint32_t>(distance), first_id + static_cast<uint32_t>(row));
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels generic_kernels = {
+    Bits::lanes,       Levels::lanes,     scan_rows,           Bits::pack_hamming,  Bits::scan_hamming,
+    Bits::pack_planes, Bits::scan_planes, Levels::pack_levels, Levels::scan_levels,
+};
+
+}  // namespace fastembed::search

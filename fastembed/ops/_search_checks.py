@@ -1,0 +1,139 @@
+"""What the search ops ask of their inputs. Arrays and tensors are checked alike, by the attributes they share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _native, backends
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+MAX_SDC_BITS = 4
+INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
+
+
+def code_bytes(dim: int) -> int:
+    """Bytes of one bit plane."""
+    return (dim + 7) // 8
+
+
+def check_pack_bits(x: Any) -> None:
+    _check_dtype("x", x, FLOAT_DTYPES)
+    if x.ndim == 0:
+        raise ValueError("x must have at least one axis, got a scalar")
+
+
+def check_hamming_topk(queries: Any, codes: Any, k: int) -> None:
+    check_array("queries", queries, 2, ("uint8",))
+    check_array("codes", codes, 2, ("uint8",))
+    _check_device(queries, codes, "codes")
+    if queries.shape[1] != codes.shape[1]:
+        raise ValueError(f"queries must have the {codes.shape[1]} bytes of the codes, got {queries.shape[1]}")
+    check_integer("k", k, 1, codes.shape[0])
+
+
+def check_sdc_encode(x: Any, bits: int) -> None:
+    check_array("x", x, 2, FLOAT_DTYPES)
+    if x.shape[1] == 0:
+        raise ValueError("x must have at least one dim, got 0")
+    check_integer("bits", bits, 1, MAX_SDC_BITS)
+
+
+def check_sdc_codes(codes: Any, inverse_norms: Any, bits: int, dim: int) -> None:
+    are_tensors(codes=codes, inverse_norms=inverse_norms)
+    check_integer("bits", bits, 1, MAX_SDC_BITS)
+    check_integer("dim", dim, 1)
+    check_array("codes", codes, 2, ("uint8",))
+    check_array("inverse_norms", inverse_norms, 1, ("float32",))
+    width = bits * code_bytes(dim)
+    if codes.shape[1] != width:
+        raise ValueError(f"codes must be {width} bytes wide for dim {dim}, got {codes.shape[1]}")
+    if inverse_norms.shape[0] != codes.shape[0]:
+        raise ValueError(
+            f"inverse_norms must have one value for each of the {codes.shape[0]} codes, got {inverse_norms.shape[0]}"
+        )
+
+
+def check_sdc_topk(queries: Any, query_norms: Any, codes: Any, code_norms: Any, bits: int, dim: int, k: int) -> None:
+    check_sdc_codes(queries, query_norms, bits, dim)
+    check_sdc_codes(codes, code_norms, bits, dim)
+    for other in (query_norms, codes, code_norms):
+        _check_device(queries, other, "codes")
+    check_integer("k", k, 1, codes.shape[0])
+
+
+def check_rescore(queries: Any, documents: Any, candidate_ids: Any, k: int) -> None:
+    check_array("queries", queries, 2, FLOAT_DTYPES)
+    check_array("documents", documents, 2, FLOAT_DTYPES)
+    check_array("candidate_ids", candidate_ids, 2, ("int64",))
+    _check_device(queries, documents, "documents")
+    _check_device(queries, candidate_ids, "candidate_ids")
+    if queries.dtype != documents.dtype:
+        raise TypeError(f"documents must have the dtype of the queries, {queries.dtype}, got {documents.dtype}")
+    if queries.shape[1] != documents.shape[1]:
+        raise ValueError(f"documents must have the {queries.shape[1]} dims of the queries, got {documents.shape[1]}")
+    if queries.shape[0] != candidate_ids.shape[0]:
+        raise ValueError(
+            f"candidate_ids must have a row for each of the {queries.shape[0]} queries, got {candidate_ids.shape[0]}"
+        )
+    check_integer("k", k, 1, candidate_ids.shape[1])
+
+
+def check_candidates(candidate_ids: Any, documents: int) -> None:
+    """Raise IndexError for ids that are no row of the documents."""
+    if 0 in candidate_ids.shape:
+        return
+    smallest, largest = int(candidate_ids.min()), int(candidate_ids.max())
+    if smallest < 0 or largest >= documents:
+        wrong = smallest if smallest < 0 else largest
+        raise IndexError(f"candidate_ids must be row numbers of the {documents} documents, got {wrong}")
+
+
+def raise_not_finite(row: int) -> None:
+    """Raise ValueError unless `row`, the first row of x found not to be finite, is -1."""
+    if row >= 0:
+        raise ValueError(f"x must be finite, got a NaN or infinity in row {row}")
+
+
+def are_tensors(**inputs: Any) -> bool:
+    """Whether the inputs are tensors (rather than arrays). Raises TypeError for anything else, or some of each."""
+    kinds = {_is_tensor(name, value) for name, value in inputs.items()}
+    if len(kinds) > 1:
+        raise TypeError(f"{' and '.join(inputs)} must be all NumPy arrays or all tensors, got both")
+    tensors = kinds.pop()
+    if not tensors and (backend := backends.forced_backend()) not in (None, "cpu"):
+        raise TypeError(f"{' and '.join(inputs)} must be tensors for backend {backend!r}, got NumPy arrays")
+    return tensors
+
+
+def _is_tensor(name: str, value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return False
+    if _native.torch is not None and isinstance(value, _native.torch.Tensor):
+        return True
+    raise TypeError(f"{name} must be a NumPy array or a tensor, got {type(value).__name__}")
+
+
+def check_array(name: str, value: Any, ndim: int, dtypes: Sequence[str]) -> None:
+    _check_dtype(name, value, dtypes)
+    if value.ndim != ndim:
+        axes = "[rows, columns]" if ndim == 2 else "[rows]"
+        raise ValueError(f"{name} must have shape {axes}, got {list(value.shape)}")
+
+
+def _check_dtype(name: str, value: Any, dtypes: Sequence[str]) -> None:
+    if str(value.dtype).removeprefix("torch.") not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {value.dtype}")
+
+
+def _check_device(queries: Any, other: Any, name: str) -> None:
+    if hasattr(queries, "device") and queries.device != other.device:
+        raise ValueError(f"{name} must be on the device of the queries, {queries.device}, got {other.device}")
+
+
+def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, INTEGERS):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < smallest or (largest is not None and value > largest):
+        expected = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
+        raise ValueError(f"{name} must be {expected}, got {value}")

@@ -1,0 +1,201 @@
+"""Search over binary and few-bit codes: NumPy arrays in, NumPy arrays out, with or without PyTorch; tensors in, tensors
+out through registered ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from .. import _native
+from . import _search_checks as checks
+from . import _search_numpy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Array = TypeVar("Array", np.ndarray, Tensor)
+
+if _native.torch is not None:
+    from . import _search_torch
+
+
+def pack_bits(x: Array) -> Array:
+    """Binary codes of real vectors: one bit per dimension, set where it is positive.
+
+    Bit d of a vector stands in byte d // 8, most significant bit first, and the last byte is filled up with zeros: the
+    layout of `numpy.packbits(x > 0)`, of sentence-transformers' `quantize_embeddings(x, "ubinary")` and of FAISS. Zero
+    and NaN give a 0 bit.
+
+    Args:
+        x: [N, D], or any other shape with at least one axis; float32, float16, bfloat16 or float64. An array or a
+            tensor; what comes back is of the same kind.
+
+    Returns:
+        uint8 [N, ceil(D / 8)].
+
+    Raises:
+        TypeError: x is neither an array nor a tensor, or its dtype is none of the above.
+        ValueError: x has no axis.
+    """
+    return _ops(x=x).pack_bits(x)
+
+
+def hamming_topk(queries: Array, codes: Array, k: int) -> tuple[Array, Array]:
+    """The k codes nearest to each query in Hamming distance, exactly.
+
+    Results are ordered by distance, equal distances by id, and depend neither on the number of threads nor on the
+    instruction set nor on the other queries.
+
+    Args:
+        queries: uint8 [Q, B] binary codes, as `pack_bits` makes them; any number of bytes B.
+        codes: uint8 [N, B], of the same kind (array or tensor) and on the same device. Rows may lie any distance
+            apart (a slice of rows, or of the leading bytes of longer codes, or a `numpy.memmap`): they are read in
+            place as long as the bytes of a row are adjacent.
+        k: how many codes to return for each query, 1 to N.
+
+    Returns:
+        (distances int32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`.
+
+    Raises:
+        TypeError: arrays and tensors are mixed, or a dtype is not uint8, or k is no integer.
+        ValueError: a wrong rank, widths that differ, or k outside 1..N.
+    """
+    return _ops(queries=queries, codes=codes).hamming_topk(queries, codes, k)
+
+
+@dataclass(frozen=True, eq=False)
+class SDCCodes:
+    """Few-bit codes of N vectors, as `sdc_encode` makes them. `len(codes)` is N; `codes[rows]` selects rows by a slice,
+    ids or a mask, a slice without copying.
+
+    Attributes:
+        codes: uint8 [N, bits * ceil(dim / 8)]. Bit planes one after another, the most significant first, each packed
+            as by `pack_bits`: the first ceil(dim / 8) bytes of a row are the binary code of the vector.
+        inverse_norms: float32 [N], 1 / L2 norm of each vector of levels.
+        bits: planes per code, 1 to 4.
+        dim: dimensions of the vectors encoded.
+    """
+
+    codes: Any
+    inverse_norms: Any
+    bits: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        checks.check_sdc_codes(self.codes, self.inverse_norms, self.bits, self.dim)
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def __getitem__(self, rows: Any) -> SDCCodes:
+        if isinstance(rows, (int, np.integer, tuple)):
+            raise TypeError(f"rows must be a slice, an array of ids or a mask, got {rows!r}")
+        return SDCCodes(self.codes[rows], self.inverse_norms[rows], self.bits, self.dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the codes and their norms take."""
+        return self.codes.nbytes + self.inverse_norms.nbytes
+
+    def levels(self) -> Any:
+        """The levels 2 c - (2^bits - 1) that the codes stand for: int8 [N, dim], odd numbers."""
+        return _ops(codes=self.codes).sdc_levels(self.codes, self.bits, self.dim)
+
+
+def sdc_encode(x: Array, bits: int) -> SDCCodes:
+    """Few-bit codes for `sdc_topk` (symmetric distance computation): `bits` bits per dimension.
+
+    A value becomes one of the 2^bits odd levels v = 2 c - (2^bits - 1), which are the sums of sign planes
+    2^(bits-1) b_0 + ... + b_(bits-1), b_t = +-1, of recurrent binary embeddings up to their common factor. The step
+    between levels is chosen for each vector: its root mean square times the step of the uniform quantiser of least
+    squared error for a normal source. Dimensions of embeddings are near enough to normal for it, and since a cosine
+    ignores the scale of a vector, none has to be stored: scaling a vector leaves its code as it is.
+
+    Args:
+        x: [N, D] real vectors, D >= 1; float32, float16, bfloat16 or float64 (computed in float32). An array or a
+            tensor.
+        bits: 1 to 4. With 1 bit the codes are those of `pack_bits`.
+
+    Returns:
+        `SDCCodes` of N codes, holding arrays or tensors as x is one.
+
+    Raises:
+        TypeError: x is neither an array nor a tensor, or of a wrong dtype, or bits is no integer.
+        ValueError: a wrong rank, bits outside 1..4, D = 0, or a NaN or infinity in x.
+
+    Sources: Gan et al., "Binary Embedding-based Retrieval at Tencent", KDD 2023, arXiv 2302.08714 (codes and distance);
+    Max, "Quantizing for Minimum Distortion", 1960, table II (steps).
+    """
+    codes, inverse_norms = _ops(x=x).sdc_encode(x, bits)
+    return SDCCodes(codes, inverse_norms, bits, x.shape[1])
+
+
+def sdc_topk(queries: SDCCodes | Array, codes: SDCCodes, k: int) -> tuple[Array, Array]:
+    """The k codes with the largest cosine to each query, both decoded to their levels, exactly.
+
+    The score of levels v and v' is float32(v . v') * (1 / |v'|) * (1 / |v|), code before query, with an exact integer
+    dot product: the same bits whatever the instruction set, threads or batch. Results are ordered by descending score,
+    equal scores by id.
+
+    Args:
+        queries: `SDCCodes` of Q codes of the same bits and dim, or real vectors [Q, D], which are encoded first.
+        codes: `SDCCodes` of N codes, of the same kind (arrays or tensors) as the queries.
+        k: how many codes to return for each query, 1 to N.
+
+    Returns:
+        (scores float32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`.
+
+    Raises:
+        TypeError: arrays and tensors are mixed, a wrong type or dtype, or k is no integer.
+        ValueError: bits or dims that differ, k outside 1..N, or a NaN or infinity in real queries.
+
+    Source: Gan et al., "Binary Embedding-based Retrieval at Tencent", KDD 2023, arXiv 2302.08714.
+    """
+    if not isinstance(codes, SDCCodes):
+        raise TypeError(f"codes must be SDCCodes, got {type(codes).__name__}")
+    if not isinstance(queries, SDCCodes):
+        _ops(queries=queries, codes=codes.codes)
+        checks.check_array("queries", queries, 2, checks.FLOAT_DTYPES)
+        if queries.shape[1] != codes.dim:
+            raise ValueError(f"queries must have the {codes.dim} dims of the codes, got {queries.shape[1]}")
+        queries = sdc_encode(queries, codes.bits)
+    if (queries.bits, queries.dim) != (codes.bits, codes.dim):
+        raise ValueError(
+            f"queries must have the {codes.bits} bits and {codes.dim} dims of the codes, "
+            f"got {queries.bits} and {queries.dim}"
+        )
+    ops = _ops(queries=queries.codes, codes=codes.codes)
+    return ops.sdc_topk(
+        queries.codes, queries.inverse_norms, codes.codes, codes.inverse_norms, codes.bits, codes.dim, k
+    )
+
+
+def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> tuple[Array, Array]:
+    """The k of each query's candidates with the largest dot product: real vectors refine a search over codes.
+
+    Dot products are summed in float32, in one order on every CPU. Results are ordered by descending score, equal
+    scores by id; a NaN score comes last. A candidate named twice is returned twice.
+
+    Args:
+        queries: [Q, D] float32, float16, bfloat16 or float64 (computed in float32).
+        documents: [N, D] of the same dtype and kind (array or tensor).
+        candidate_ids: int64 [Q, C], row numbers of `documents`, such as the ids of `hamming_topk`.
+        k: how many to keep for each query, 1 to C.
+
+    Returns:
+        (scores float32 [Q, k], ids int64 [Q, k]).
+
+    Raises:
+        TypeError: arrays and tensors are mixed, a wrong or different dtype, or k is no integer.
+        ValueError: a wrong rank, sizes that do not match, or k outside 1..C.
+        IndexError: a candidate id outside 0..N-1.
+    """
+    ops = _ops(queries=queries, documents=documents, candidate_ids=candidate_ids)
+    return ops.rescore(queries, documents, candidate_ids, k)
+
+
+def _ops(**inputs: Any) -> Any:
+    """The module with the ops for inputs of this kind, each with the signature of its schema."""
+    return _search_torch if checks.are_tensors(**inputs) else _search_numpy

@@ -1,0 +1,323 @@
+"""Search over binary and few-bit codes, against NumPy: everything exact, bits, distances, scores and ids."""
+
+import subprocess
+import sys
+import threading
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import fastembed
+from fastembed import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk
+
+# Widths in bytes around every boundary of the kernels: bytes, words, groups of 3 and 7 words, registers.
+WIDTHS = (1, 2, 7, 8, 9, 24, 32, 48, 55, 56, 57, 63, 64, 65, 80, 96, 127, 128, 129, 192, 200, 256, 300, 512)
+SPECIAL = np.array([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 1e-45, -1e-45, 1.0, -1.0], np.float32)
+
+
+def random_codes(rng: np.random.Generator, rows: int, width: int, *, values: int = 256) -> np.ndarray:
+    """Codes of `width` bytes; few `values` give many equal distances."""
+    return rng.integers(0, values, (rows, width), dtype=np.uint8)
+
+
+def hamming_oracle(queries: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    differing = np.unpackbits(queries[:, None] ^ codes[None], axis=-1).sum(axis=-1, dtype=np.int32)
+    ids = np.argsort(differing, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(differing, ids, axis=1), ids
+
+
+def sdc_oracle(queries: SDCCodes, codes: SDCCodes, k: int) -> tuple[np.ndarray, np.ndarray]:
+    dots = queries.levels().astype(np.int64) @ codes.levels().astype(np.int64).T
+    scores = dots.astype(np.float32) * codes.inverse_norms * queries.inverse_norms[:, None]
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, ids, axis=1), ids
+
+
+def assert_same(ours: tuple, expected: tuple) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
+
+
+# ---- pack_bits ----
+
+
+@given(rows=st.integers(0, 5), dim=st.integers(0, 150), seed=st.integers(0, 99))
+def test_pack_bits_is_numpys_packbits(isa: str, rows: int, dim: int, seed: int) -> None:
+    x = np.random.default_rng(seed).choice(SPECIAL, (rows, dim))
+    expected = np.packbits(x > 0, axis=-1)
+    for dtype in (np.float32, np.float16, np.float64):
+        converted = x.astype(dtype)
+        np.testing.assert_array_equal(pack_bits(converted), np.packbits(converted > 0, axis=-1))
+    for dtype in (torch.float32, torch.float64):
+        np.testing.assert_array_equal(pack_bits(torch.from_numpy(x).to(dtype)), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        converted = torch.from_numpy(x).to(dtype)
+        np.testing.assert_array_equal(pack_bits(converted), np.packbits(converted.float().numpy() > 0, axis=-1))
+
+
+def test_pack_bits_matches_sentence_transformers() -> None:
+    quantization = pytest.importorskip("sentence_transformers.util.quantization")
+    x = np.random.default_rng(0).standard_normal((50, 384)).astype(np.float32)
+    np.testing.assert_array_equal(pack_bits(x), quantization.quantize_embeddings(x, "ubinary"))
+
+
+def test_pack_bits_takes_any_strides_and_leading_axes() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 6, 20)).astype(np.float32)
+    for view in (x, x[0, 0], x[:, ::2], x.transpose(2, 1, 0), x[..., ::-1], x[::-1]):
+        np.testing.assert_array_equal(pack_bits(view), np.packbits(view > 0, axis=-1))
+    np.testing.assert_array_equal(pack_bits(torch.from_numpy(x).mT), np.packbits(np.swapaxes(x, 1, 2) > 0, axis=-1))
+
+
+# ---- hamming_topk ----
+
+
+@given(
+    queries=st.integers(0, 20),
+    codes=st.integers(1, 300),
+    width=st.sampled_from(WIDTHS),
+    values=st.sampled_from([2, 256]),
+    k=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_hamming_topk_is_exact(isa: str, queries: int, codes: int, width: int, values: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, c = random_codes(rng, queries, width, values=values), random_codes(rng, codes, width, values=values)
+    k = min(k, codes)
+    expected = hamming_oracle(q, c, k)
+    ours = hamming_topk(q, c, k)
+    assert (ours[0].dtype, ours[1].dtype) == (np.int32, np.int64)
+    assert_same(ours, expected)
+    assert_same(hamming_topk(*tensors(q, c), k), expected)
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000, 20_000])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_hamming_topk_leaves_ties_to_the_smaller_id(isa: str, queries: int, k: int) -> None:
+    rng = np.random.default_rng(0)
+    same = np.zeros((20_000, 16), np.uint8)
+    assert_same(
+        hamming_topk(same[:queries], same, k),
+        (np.zeros((queries, k), np.int32), np.broadcast_to(np.arange(k), (queries, k))),
+    )
+    # From far to near: every code enters the buffer.
+    falling = np.packbits(np.arange(128) < (128 - np.arange(20_000) // 160)[:, None], axis=1)
+    q = random_codes(rng, queries, 16)
+    q[0] = 0
+    assert_same(hamming_topk(q, falling, k), hamming_oracle(q, falling, k))
+
+
+def test_hamming_topk_equals_faiss() -> None:
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 40, 64), random_codes(rng, 5000, 64)
+    index = faiss.IndexBinaryFlat(512)
+    index.add(c)
+    distances, _ = index.search(q, 20)
+    np.testing.assert_array_equal(hamming_topk(q, c, 20)[0], distances)
+
+
+def test_hamming_topk_reads_strided_rows_in_place() -> None:
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 11, 48), random_codes(rng, 500, 48)
+    for rows in (slice(None, None, 3), slice(None, None, -1), slice(100, 200)):
+        for columns in (slice(8, 24), slice(0, 47), slice(None, None, 2), slice(None, None, -1)):
+            view, query_view = c[rows, columns], q[:, columns]
+            expected = hamming_oracle(query_view, view, 7)
+            assert_same(hamming_topk(query_view, view, 7), expected)
+            if rows.step != -1 and columns.step != -1:
+                t, s = torch.from_numpy(c)[rows, columns], torch.from_numpy(q)[:, columns]
+                assert_same(hamming_topk(s, t, 7), expected)
+
+
+def test_hamming_topk_reads_a_memory_map(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 3, 32), random_codes(rng, 1000, 32)
+    c.tofile(tmp_path / "codes")
+    mapped = np.memmap(tmp_path / "codes", np.uint8, mode="r", shape=c.shape)
+    assert_same(hamming_topk(q, mapped, 5), hamming_oracle(q, c, 5))
+
+
+def test_hamming_topk_of_codes_without_bytes() -> None:
+    distances, ids = hamming_topk(np.empty((3, 0), np.uint8), np.empty((5, 0), np.uint8), 2)
+    np.testing.assert_array_equal(distances, np.zeros((3, 2)))
+    np.testing.assert_array_equal(ids, [[0, 1]] * 3)
+
+
+# ---- sdc ----
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@given(
+    queries=st.integers(0, 12),
+    codes=st.integers(1, 200),
+    dim=st.sampled_from([1, 3, 8, 15, 31, 33, 63, 64, 65, 100, 128, 384, 511, 1024]),
+    k=st.integers(1, 200),
+    seed=st.integers(0, 99),
+)
+def test_sdc_topk_is_exact(isa: str, bits: int, queries: int, codes: int, dim: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((codes, dim)).astype(np.float32)
+    # Every code several times: ties.
+    encoded = sdc_encode(x[rng.integers(0, codes, codes)], bits)
+    q = rng.standard_normal((queries, dim)).astype(np.float32)
+    k = min(k, codes)
+    expected = sdc_oracle(sdc_encode(q, bits), encoded, k)
+    ours = sdc_topk(q, encoded, k)
+    assert (ours[0].dtype, ours[1].dtype) == (np.float32, np.int64)
+    assert_same(ours, expected)
+    in_torch = SDCCodes(*tensors(encoded.codes, encoded.inverse_norms), bits, dim)
+    assert_same(sdc_topk(torch.from_numpy(q), in_torch, k), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@given(rows=st.integers(0, 5), dim=st.integers(1, 150), scale=st.sampled_from([1e-30, 1.0, 1e30]))
+def test_sdc_encode_is_the_quantiser_it_says(isa: str, bits: int, rows: int, dim: int, scale: float) -> None:
+    x = (np.random.default_rng(dim).standard_normal((rows, dim)) * scale).astype(np.float32)
+    encoded = sdc_encode(x, bits)
+    step = {1: 1.0, 2: 0.9957, 3: 0.5860, 4: 0.3352}[bits] * np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=1))
+    half = 2 ** (bits - 1)
+    thresholds = (np.arange(1 - half, half) * step[:, None]).astype(np.float32)
+    c = (x[:, :, None] > thresholds[:, None, :]).sum(axis=-1)
+    levels = 2 * c - (2**bits - 1)
+    np.testing.assert_array_equal(encoded.levels(), levels)
+    np.testing.assert_array_equal(
+        encoded.inverse_norms, (1 / np.sqrt(np.square(levels).sum(axis=1))).astype(np.float32)
+    )
+    for plane in range(bits):
+        stored = encoded.codes.reshape(rows, bits, (dim + 7) // 8)[:, plane]
+        np.testing.assert_array_equal(stored, np.packbits(c >> (bits - 1 - plane) & 1, axis=1).astype(np.uint8))
+    if bits == 1:
+        np.testing.assert_array_equal(encoded.codes, pack_bits(x))
+
+
+def test_sdc_encode_loses_what_the_quantiser_must_lose() -> None:
+    x = np.random.default_rng(0).standard_normal((200, 768)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    # Squared errors of the uniform quantisers of a normal source (Max 1960, table II) as cosines.
+    for bits, error in ((1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)):
+        encoded = sdc_encode(x, bits)
+        cosines = (encoded.levels() * encoded.inverse_norms[:, None] * x).sum(axis=1)
+        assert abs(cosines.mean() - np.sqrt(1 - error)) < 2e-3
+
+
+def test_sdc_encode_converts_other_dtypes_exactly() -> None:
+    x = torch.randn(20, 100, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        converted = x.to(dtype)
+        assert_same((sdc_encode(converted, 2).codes,), (sdc_encode(converted.float(), 2).codes,))
+    half = x.half().numpy()
+    assert_same((sdc_encode(half, 3).codes,), (sdc_encode(half.astype(np.float32), 3).codes,))
+
+
+def test_sdc_codes_are_sliced_like_arrays() -> None:
+    x = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
+    codes = sdc_encode(x, 2)
+    for rows in (slice(3, 20), slice(None, None, 2), slice(None, None, -1), np.array([4, 1, 1]), x[:, 0] > 0):
+        part = codes[rows]
+        assert len(part) == len(x[rows])
+        assert_same((part.codes, part.inverse_norms), (codes.codes[rows], codes.inverse_norms[rows]))
+        assert_same(sdc_topk(x, part, 3), sdc_oracle(codes, part, 3))
+    assert codes.nbytes == 30 * (10 + 4)
+    assert codes[:7].codes.base is not None, "a slice shares memory"
+    with pytest.raises(TypeError, match="rows"):
+        codes[3]
+
+
+# ---- rescore ----
+
+
+@given(
+    queries=st.integers(0, 5),
+    candidates=st.integers(1, 40),
+    dim=st.sampled_from([1, 15, 16, 17, 384]),
+    k=st.integers(1, 40),
+)
+def test_rescore_ranks_candidates_by_dot_product(queries: int, candidates: int, dim: int, k: int) -> None:
+    rng = np.random.default_rng(dim)
+    # Small integers: float32 dot products are exact, and ties are many.
+    q, d = (rng.integers(-2, 3, (rows, dim)).astype(np.float32) for rows in (queries, 50))
+    ids = rng.integers(0, 50, (queries, candidates))
+    k = min(k, candidates)
+    scores = np.einsum("qd,qcd->qc", q, d[ids])
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    expected = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+    assert_same(rescore(q, d, ids, k), expected)
+    assert_same(rescore(q.astype(np.float16), np.asfortranarray(d.astype(np.float16)), ids, k), expected)
+    assert_same(rescore(*tensors(q, d, ids), k), expected)
+    assert_same(rescore(*(t.bfloat16() for t in tensors(q, d)), torch.from_numpy(ids), k), expected)
+
+
+def test_rescore_puts_nan_last() -> None:
+    d = np.array([[np.nan], [-np.inf], [1.0], [np.nan], [2.0]], np.float32)
+    ids = np.array([[3, 0, 1, 2, 4]])
+    for backend in ("cpu", "reference"):
+        with fastembed.use_backend(backend):
+            scores, order = rescore(*tensors(np.ones((1, 1), np.float32), d, ids), 5)
+        np.testing.assert_array_equal(order, [[4, 2, 1, 0, 3]])
+        np.testing.assert_array_equal(scores, [[2.0, 1.0, -np.inf, np.nan, np.nan]])
+
+
+# ---- whatever runs it ----
+
+
+def test_results_do_not_depend_on_threads_batch_or_concurrency(thread_counts: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 150, 24, values=4), random_codes(rng, 20_000, 24, values=4)
+    x = rng.standard_normal((20_000, 48)).astype(np.float32)
+    codes, few = sdc_encode(x, 2), sdc_encode(x[:150], 2)
+    expected, expected_sdc = hamming_oracle(q, c, 25), sdc_oracle(few, codes, 25)
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        for batch in (1, 7, 150):
+            assert_same(hamming_topk(q[:batch], c, 25), [part[:batch] for part in expected])
+            assert_same(sdc_topk(few[:batch], codes, 25), [part[:batch] for part in expected_sdc])
+        failures: list[BaseException] = []
+
+        def search_repeatedly(failures: list[BaseException] = failures) -> None:
+            try:
+                for _ in range(3):
+                    assert_same(hamming_topk(q[:9], c, 25), [part[:9] for part in expected])
+                    assert_same(sdc_topk(few[:9], codes, 25), [part[:9] for part in expected_sdc])
+            except BaseException as error:
+                failures.append(error)
+
+        searchers = [threading.Thread(target=search_repeatedly) for _ in range(8)]
+        for searcher in searchers:
+            searcher.start()
+        for searcher in searchers:
+            searcher.join()
+        assert not failures
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import fastembed
+x = np.random.default_rng(0).standard_normal((100, 40)).astype(np.float32)
+distances, ids = fastembed.hamming_topk(fastembed.pack_bits(x[:5]), fastembed.pack_bits(x), 3)
+assert (ids[:, 0] == range(5)).all() and (distances[:, 0] == 0).all()
+scores, ids = fastembed.sdc_topk(x[:5], fastembed.sdc_encode(x, 2), 3)
+assert (ids[:, 0] == range(5)).all()
+scores, ids = fastembed.rescore(x[:5], x, ids, 2)
+assert (ids[:, 0] == range(5)).all()
+try:
+    fastembed.pack_bits([1.0])
+except TypeError as error:
+    assert "x must be a NumPy array" in str(error)
+else:
+    raise AssertionError
+assert not any(name.startswith("torch") and module for name, module in sys.modules.items())
+"""
+
+
+def test_numpy_needs_no_pytorch() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -59,3 +59,21 @@ def rescore(
     ids: int,
     threads: int,
 ) -> None: ...
+def qlinear(
+    x: int,
+    dtype: int,
+    rows: int,
+    in_features: int,
+    row_stride: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+    bits: int,
+    group_size: int,
+    bias: int,
+    bias_dtype: int,
+    out_features: int,
+    epilogue: int,
+    y: int,
+    threads: int,
+) -> None: ...

@@ -1,5 +1,36 @@
 #include <pybind11/pybind11.h>
 
-namespace py = pybind11;
+#include "qmatmul/qmatmul.hpp"
 
-void bind_qmatmul(py::module_&) {}
+namespace py = pybind11;
+using namespace fastembed;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void qlinear(uintptr_t x, int dtype, int64_t rows, int64_t in_features, int64_t row_stride, uintptr_t codes,
+             uintptr_t scales, uintptr_t zeros, int bits, int64_t group_size, uintptr_t bias, int bias_dtype,
+             int64_t out_features, int epilogue, uintptr_t y, int threads) {
+  const qmatmul::Input input{pointer<const void>(x), static_cast<DType>(dtype), rows, row_stride};
+  const qmatmul::Weight weight{pointer<const uint8_t>(codes),
+                               pointer<const uint16_t>(scales),
+                               pointer<const uint8_t>(zeros),
+                               bits,
+                               group_size,
+                               pointer<const void>(bias),
+                               static_cast<DType>(bias_dtype),
+                               in_features,
+                               out_features};
+  py::gil_scoped_release release;
+  qmatmul::qlinear(input, weight, static_cast<qmatmul::Epilogue>(epilogue), pointer<void>(y), threads);
+}
+
+}  // namespace
+
+void bind_qmatmul(py::module_& m) {
+  m.def("qlinear", &qlinear, "Linear layer on packed low-bit weights; arguments checked by fastembed/ops/qmatmul.py.");
+}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._native import core, num_threads
 from ..reference import qmatmul as reference
 from ._registry import Op
 
@@ -133,6 +134,47 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
     return reference.qlinear(x, *args)
 
 
+def _cpu(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    epilogue: str | None,
+) -> Tensor:
+    _check(x, codes, scales, zeros, bias, bits, group_size, out_features, epilogue)
+    in_features = x.shape[-1]
+    rows = x.reshape(x.shape[:-1].numel(), in_features)
+    if in_features > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    core.qlinear(
+        rows.data_ptr(),
+        _DTYPE_CODES[x.dtype],
+        rows.shape[0],
+        in_features,
+        rows.stride(0),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        bits,
+        group_size,
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _DTYPE_CODES[bias.dtype],
+        out_features,
+        EPILOGUES.index(epilogue),
+        y.data_ptr(),
+        num_threads(),
+    )
+    return y
+
+
 def _fake(x: Tensor, *args: Any) -> Tensor:
     _check(x, *args)
     out_features = args[6]
@@ -178,7 +220,7 @@ def _dequantize_fake(
 _qlinear = Op(
     "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
     "int out_features, str? epilogue) -> Tensor",
-    implementations={"reference": _reference},
+    implementations={"cpu": _cpu, "reference": _reference},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

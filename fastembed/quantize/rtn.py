@@ -36,9 +36,10 @@ def quantize_rtn(
     if not bool(weight.isfinite().all()):
         raise ValueError("weight must be finite, got NaN or infinite entries")
     rows, columns = weight.shape
+    count = -(-columns // group_size)
     top = (1 << bits) - 1
     # Padding with zeros changes no extreme, because the range always includes zero.
-    groups = F.pad(weight.float(), (0, -columns % group_size)).reshape(rows, -1, group_size)
+    groups = F.pad(weight.float(), (0, -columns % group_size)).reshape(rows, count, group_size)
     low = groups.amin(dim=2).clamp(max=0)
     high = groups.amax(dim=2).clamp(min=0)
     spread = torch.maximum(-low, high) / (top // 2) if symmetric else (high - low) / top
@@ -49,5 +50,5 @@ def quantize_rtn(
     steps = torch.where(scales > 0, scales.float(), 1.0)
     zeros = torch.full_like(low, midpoint(bits)) if symmetric else (-low / steps).round().clamp(0, top)
     codes = (groups / steps[..., None] + zeros[..., None]).round().clamp(0, top)
-    codes = codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
+    codes = codes.to(torch.uint8).flatten(1)[:, :columns]
     return codes, scales, None if symmetric else zeros.to(torch.uint8)

@@ -39,11 +39,12 @@ def qlinear(
 ) -> Tensor:
     """The layer on x [..., in_features]; see `fastembed.ops.qmatmul.qlinear`."""
     in_features = x.shape[-1]
-    activations, token_scales = quantize_activations(x.reshape(-1, in_features))
+    activations, token_scales = quantize_activations(x.reshape(x.shape[:-1].numel(), in_features))
     weights = unpack_codes(codes, bits, out_features, in_features).double()
     midpoints = zero_points(scales, zeros, bits)
     total = torch.zeros(activations.shape[0], out_features, device=x.device)
-    for group, columns in enumerate(torch.arange(in_features, device=x.device).split(group_size)):
+    for group in range(scales.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
         # Products and sums of these integers are exact in float64.
         signed = weights[:, columns] - from_panels(midpoints, out_features)[:, group, None].double()
         dot = (activations[:, columns].double() @ signed.T).float()
@@ -62,7 +63,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(dim=1, keepdim=True)
     finite = amax.isfinite()
     amax = amax.clamp(min=SMALLEST_AMAX)
-    codes = torch.where(finite, x * (127.0 / amax), 0).round()
+    # A tensor as the dividend: `127.0 / amax` is computed as amax.reciprocal() * 127.0, which rounds twice.
+    codes = torch.where(finite, x * (torch.full_like(amax, 127.0) / amax), 0).round()
     return codes.to(torch.int8), torch.where(finite, amax * (1.0 / 127.0), float("nan"))
 
 
@@ -114,8 +116,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes [N, K], uint8 below 2**bits, to the packed layout [ceil(N / 64), ceil(K / 4), 32 * bits]."""
     rows, columns = codes.shape
     codes = F.pad(codes, (0, -columns % QUAD, 0, -rows % PANEL))
-    words = codes.reshape(-1, TILES, LANES, 2, codes.shape[1] // QUAD, QUAD).permute(0, 4, 1, 2, 3, 5)
-    words = words.reshape(*words.shape[:4], 8).long()
+    panels, quads = codes.shape[0] // PANEL, codes.shape[1] // QUAD
+    words = codes.reshape(panels, TILES, LANES, 2, quads, QUAD).permute(0, 4, 1, 2, 3, 5)
+    words = words.flatten(4).long()
     shifts = bits * torch.arange(8, device=codes.device)
     words = (words << shifts).sum(dim=-1, keepdim=True)  # fields do not overlap, so the sum is their union
     packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
@@ -136,9 +139,10 @@ def to_panels(values: Tensor) -> Tensor:
     """Per-group values [N, groups] as the kernels read them: [ceil(N / 64), groups, 64], padded with 0."""
     rows, groups = values.shape
     padded = F.pad(values, (0, 0, 0, -rows % PANEL))
-    return padded.reshape(-1, PANEL, groups).transpose(1, 2).contiguous()
+    return padded.reshape(padded.shape[0] // PANEL, PANEL, groups).transpose(1, 2).contiguous()
 
 
 def from_panels(values: Tensor, rows: int) -> Tensor:
     """Inverse of `to_panels`: [rows, groups]."""
-    return values.transpose(1, 2).reshape(-1, values.shape[1])[:rows]
+    panels, groups, _ = values.shape
+    return values.transpose(1, 2).reshape(panels * PANEL, groups)[:rows]

@@ -1,0 +1,73 @@
+// What the instruction-set levels implement. Plain types only: this header is compiled under every level's flags.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.hpp"
+
+namespace fastembed::qmatmul {
+
+// Output features are packed, and worked on, by the panel; see fastembed/reference/qmatmul.py for the layout.
+constexpr int64_t panel_width = 64;
+constexpr int64_t tile_width = 16;
+constexpr int64_t quad = 4;  // input features per tile
+
+// Numbered as EPILOGUES in fastembed/ops/qmatmul.py.
+enum class Epilogue : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+
+// Weight codes of one panel.
+struct Panel {
+  const uint8_t* codes;    // [quads, 32 * bits]
+  const uint16_t* scales;  // float16 [groups, 64]
+  const uint8_t* zeros;    // [groups, 64], or null for symmetric codes
+  int bits;
+  int64_t group_quads;
+  int64_t quads;
+  int64_t groups;
+
+  // Always inlined: a copy compiled for one level must not serve another.
+  __attribute__((always_inline)) int64_t quads_in(int64_t group) const {
+    const int64_t rest = quads - group * group_quads;
+    return rest < group_quads ? rest : group_quads;
+  }
+};
+
+// Activations in int8, [rows, stride], zero from in_features on.
+struct Tokens {
+  const int8_t* codes;
+  int64_t stride;
+  const float* scales;  // [rows]; NaN where the activations were not finite
+  const int32_t* sums;  // [rows, groups], of the codes of a group
+  int64_t rows;
+};
+
+// Where the outputs of one panel go: [rows, row_stride], of which this panel fills `columns` columns.
+struct Output {
+  void* data;
+  DType dtype;
+  int64_t row_stride;
+  int64_t columns;
+  const float* bias;  // [64], zeros where there is none
+  Epilogue epilogue;
+  const float* gate;  // the table of `gate_table`, for the GELUs
+};
+
+struct Kernels {
+  // One token to int8: codes[0 .. stride), its scale, and the sum of the codes of each group.
+  void (*quantize)(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
+                   float* scale, int32_t* sums);
+  // Tokens times one panel, through bias and epilogue. `scratch` has scratch_bytes(panel) bytes, aligned to 64.
+  void (*multiply)(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch);
+  int64_t (*scratch_bytes)(const Panel& panel);
+};
+
+// Both GELUs are max(x, 0) - gate(|x|) with a gate that falls to zero, tabulated as polynomials of degree 4 on
+// segments of equal width; the last segment, which reaches to infinity, is zero.
+constexpr int gate_segments = 32;
+constexpr int gate_coefficients = 5;
+constexpr float gate_segments_per_unit = 16.f / 3;
+
+// Below this a token's largest activation counts as this much, so that 127 / amax stays finite.
+constexpr float smallest_amax = 0x1p-100f;
+
+}  // namespace fastembed::qmatmul

@@ -1,0 +1,35 @@
+// Linear layers on packed low-bit weights. The layout and the arithmetic are defined, in plain PyTorch, by
+// fastembed/reference/qmatmul.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.hpp"
+#include "qmatmul/kernels.hpp"
+
+namespace fastembed::qmatmul {
+
+struct Weight {
+  const uint8_t* codes;    // [panels, quads, 32 * bits]
+  const uint16_t* scales;  // float16 [panels, groups, 64]
+  const uint8_t* zeros;    // [panels, groups, 64], or null for symmetric codes
+  int bits;
+  int64_t group_size;  // a multiple of 16
+  const void* bias;    // [out_features], or null
+  DType bias_dtype;
+  int64_t in_features;
+  int64_t out_features;
+};
+
+// Rows of in_features elements, each `stride` elements after the one before.
+struct Input {
+  const void* data;
+  DType dtype;
+  int64_t rows;
+  int64_t stride;
+};
+
+// y [rows, out_features], contiguous, in the dtype of x.
+void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, void* y, int threads);
+
+}  // namespace fastembed::qmatmul

@@ -1,0 +1,369 @@
+// AVX-512 with VNNI and VBMI: unsigned weight bytes times signed activations, 64 products per instruction.
+//
+// Many tokens: the panel is unpacked once, to bytes that stay in the second-level cache, and multiplied by tiles of 6
+// tokens x 32 output features whose integer and float accumulators both stay in registers. The unpacked byte is
+// code - zero + 128, so that the zero points cost nothing: 128 times the activations' sum is the same for every output
+// feature and is where the accumulators start. 8-bit codes with zero points of their own do not fit in a byte that way;
+// they stay as they are and start from zero times the sum.
+// Few tokens: codes are unpacked in registers, as they stream by.
+// Both ways compute the same integers and then the same float operations: a token's result is the same in any batch.
+#include <immintrin.h>
+
+#include "qmatmul/kernels.hpp"
+
+// GCC's own _mm512_undefined_* trip this warning (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace fastembed::qmatmul {
+namespace avx512vnni {
+namespace {
+
+using Vec = __m512;
+using Index = __m512i;
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
+INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Vec absolute(Vec v) { return _mm512_abs_ps(v); }
+INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+INLINE Index truncate(Vec v) { return _mm512_cvttps_epi32(v); }
+INLINE Vec widen(Index i) { return _mm512_cvtepi32_ps(i); }
+INLINE Vec look_up(const float* table, Index i) {
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(table), i, _mm512_loadu_ps(table + 16));
+}
+
+#include "qmatmul/epilogue.inl"
+
+INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+INLINE __m512 load16(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+INLINE __m512 load16(const BFloat16* p, __mmask16 lanes) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+}
+
+struct Float16 {
+  uint16_t bits;
+};
+INLINE __m512 load16(const Float16* p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
+
+template <class T>
+void quantize_as(const T* x, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride, float* scale,
+                 int32_t* sums) {
+  // As integers, magnitudes compare as floats do, with infinity and NaN above every number.
+  __m512i largest = _mm512_castps_si512(_mm512_set1_ps(smallest_amax));
+  for (int64_t k = 0; k < in_features; k += 16) {
+    const __m512 v = load16(x + k, first_lanes(in_features - k));
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
+  }
+  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
+  const bool finite = amax - amax == 0;
+  *scale = finite ? amax * (1.f / 127.f) : amax - amax;
+  const __m512 inverse = _mm512_set1_ps(127.f / amax);
+  for (int64_t first = 0; first < in_features; first += group_size) {
+    const int64_t end = first + group_size < in_features ? first + group_size : in_features;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = first; k < end; k += 16) {
+      const __mmask16 lanes = finite ? first_lanes(in_features - k) : 0;
+      const __m512i code = _mm512_maskz_cvtps_epi32(lanes, _mm512_mul_ps(load16(x + k, lanes), inverse));
+      sum = _mm512_add_epi32(sum, code);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(code));
+    }
+    *sums++ = _mm512_reduce_add_epi32(sum);
+  }
+  for (int64_t k = (in_features + 15) / 16 * 16; k < stride; k += 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm_setzero_si128());
+  }
+}
+
+void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
+              float* scale, int32_t* sums) {
+  if (dtype == DType::f32) {
+    quantize_as(static_cast<const float*>(x), in_features, group_size, codes, stride, scale, sums);
+  } else if (dtype == DType::bf16) {
+    quantize_as(static_cast<const BFloat16*>(x), in_features, group_size, codes, stride, scale, sums);
+  } else {
+    quantize_as(static_cast<const Float16*>(x), in_features, group_size, codes, stride, scale, sums);
+  }
+}
+
+// ---- outputs --------------------------------------------------------------------------------------------------------
+
+INLINE void store16(void* data, DType dtype, int64_t index, __mmask16 lanes, __m512 v) {
+  if (dtype == DType::f32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, lanes, v);
+    return;
+  }
+  __m256i half;
+  if (dtype == DType::f16) {
+    half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, lanes, half);
+}
+
+// Output features [column, column + 16) of the panel for one token.
+INLINE void finish(__m512 total, const Tokens& tokens, int64_t row, int64_t column, const Output& output) {
+  const __m512 y = multiply_add(total, broadcast(tokens.scales[row]), _mm512_loadu_ps(output.bias + column));
+  store16(output.data, output.dtype, row * output.row_stride + column, first_lanes(output.columns - column),
+          apply_epilogue(y, output));
+}
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// A tile, 16 output features by 4 input features, to bytes. Each 64-bit lane holds 8 codes: gather its `Bits` bytes,
+// then take byte j from bit Bits * j.
+template <int Bits>
+struct Unpacker {
+  __m512i bytes, shifts, mask;
+
+  INLINE Unpacker() {
+    alignas(64) uint8_t from[64], at[64];
+    for (int i = 0; i < 64; ++i) {
+      from[i] = static_cast<uint8_t>(i % 8 < Bits ? i / 8 * Bits + i % 8 : 0);
+      at[i] = static_cast<uint8_t>(i % 8 * Bits);
+    }
+    bytes = _mm512_load_si512(from);
+    shifts = _mm512_load_si512(at);
+    mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
+  }
+
+  INLINE __m512i operator()(const uint8_t* tile) const {
+    if constexpr (Bits == 8) {
+      return _mm512_loadu_si512(tile);
+    } else {
+      const __m512i lanes = _mm512_permutexvar_epi8(bytes, load(tile));
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), mask);
+    }
+  }
+
+  static INLINE __m512i load(const uint8_t* tile) {
+    if constexpr (Bits == 4) {
+      return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
+    } else {
+      return _mm512_maskz_loadu_epi8((uint64_t{1} << 8 * Bits) - 1, tile);
+    }
+  }
+};
+
+INLINE __m512 load_scales(const Panel& panel, int64_t group, int64_t column) {
+  const uint16_t* scales = panel.scales + group * panel_width + column;
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+}
+
+INLINE __m512i load_zeros(const Panel& panel, int64_t group, int64_t column) {
+  if (panel.zeros == nullptr) return _mm512_set1_epi32(1 << (panel.bits - 1));
+  const uint8_t* zeros = panel.zeros + group * panel_width + column;
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+}
+
+INLINE __m512i load_quad(const int8_t* codes) {
+  int32_t value;
+  __builtin_memcpy(&value, codes, sizeof value);
+  return _mm512_set1_epi32(value);
+}
+
+// ---- few tokens -----------------------------------------------------------------------------------------------------
+
+constexpr int few_tokens = 4;
+
+template <int Bits, int Rows>
+void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
+  constexpr int tiles = panel_width / tile_width;
+  const Unpacker<Bits> unpack;
+  __m512 total[Rows][tiles];
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tiles; ++t) total[r][t] = _mm512_setzero_ps();
+  }
+  const uint8_t* tile = panel.codes;
+  const int8_t* quads = tokens.codes;
+  for (int64_t group = 0; group < panel.groups; ++group) {
+    __m512i dot[Rows][tiles];
+    for (int t = 0; t < tiles; ++t) {
+      const __m512i zeros = load_zeros(panel, group, t * tile_width);
+      for (int r = 0; r < Rows; ++r) {
+        dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-tokens.sums[r * panel.groups + group]));
+      }
+    }
+    for (int64_t n = panel.quads_in(group); n > 0; --n) {
+      __m512i weights[tiles];
+      for (int t = 0; t < tiles; ++t, tile += 8 * Bits) weights[t] = unpack(tile);
+      for (int r = 0; r < Rows; ++r) {
+        const __m512i a = load_quad(quads + r * tokens.stride);
+        for (int t = 0; t < tiles; ++t) dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], weights[t], a);
+      }
+      quads += quad;
+    }
+    for (int t = 0; t < tiles; ++t) {
+      const __m512 scales = load_scales(panel, group, t * tile_width);
+      for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tiles; ++t) finish(total[r][t], tokens, r, t * tile_width, output);
+  }
+}
+
+// ---- many tokens ----------------------------------------------------------------------------------------------------
+
+// The panel unpacked: bytes [quads, 4 tiles, 64], float scales [groups, 64], and int32 zeros [groups, 64] where they
+// could not be folded into the bytes.
+struct Unpacked {
+  uint8_t* bytes;
+  float* scales;
+  int32_t* zeros;
+
+  INLINE Unpacked(const Panel& panel, void* scratch) {
+    bytes = static_cast<uint8_t*>(scratch);
+    scales = reinterpret_cast<float*>(bytes + panel.quads * quad * panel_width);
+    zeros = reinterpret_cast<int32_t*>(scales + panel.groups * panel_width);
+  }
+};
+
+INLINE bool has_own_zeros(const Panel& panel) { return panel.bits == 8 && panel.zeros != nullptr; }
+
+template <int Bits>
+void unpack_panel(const Panel& panel, const Unpacked& to) {
+  const Unpacker<Bits> unpack;
+  const bool own_zeros = has_own_zeros(panel);
+  for (int64_t group = 0; group < panel.groups; ++group) {
+    const int64_t quads = panel.quads_in(group);
+    for (int64_t t = 0; t < panel_width / tile_width; ++t) {
+      const int64_t column = group * panel_width + t * tile_width;
+      const __m512i zeros = load_zeros(panel, group, t * tile_width);
+      _mm512_store_ps(to.scales + column, load_scales(panel, group, t * tile_width));
+      if (own_zeros) _mm512_store_si512(to.zeros + column, zeros);
+      // 128 - zero in every byte of a column's lane.
+      const __m512i shift = own_zeros ? _mm512_setzero_si512()
+                                      : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
+                                                           _mm512_set1_epi32(0x01010101));
+      const int64_t first = group * panel.group_quads * 4 + t;
+      for (int64_t tile = first; tile < first + quads * 4; tile += 4) {
+        const __m512i bytes = _mm512_add_epi8(unpack(panel.codes + tile * 8 * Bits), shift);
+        _mm512_store_si512(to.bytes + tile * 64, bytes);
+      }
+    }
+  }
+}
+
+constexpr int tile_rows = 6;
+constexpr int tile_columns = 2;  // of 16 output features
+
+template <int Rows, bool OwnZeros>
+void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& tokens, int64_t row, int64_t first_tile,
+                   const Output& output) {
+  __m512 total[Rows][tile_columns];
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_columns; ++t) total[r][t] = _mm512_setzero_ps();
+  }
+  const uint8_t* bytes = weights.bytes + first_tile * 64;
+  const int8_t* quads = tokens.codes + row * tokens.stride;
+  const int32_t* sums = tokens.sums + row * panel.groups;
+  for (int64_t group = 0; group < panel.groups; ++group) {
+    const int64_t column = group * panel_width + first_tile * tile_width;
+    __m512i dot[Rows][tile_columns];
+    for (int r = 0; r < Rows; ++r) {
+      const int32_t sum = sums[r * panel.groups + group];
+      for (int t = 0; t < tile_columns; ++t) {
+        if constexpr (OwnZeros) {
+          dot[r][t] =
+              _mm512_mullo_epi32(_mm512_load_si512(weights.zeros + column + t * tile_width), _mm512_set1_epi32(-sum));
+        } else {
+          dot[r][t] = _mm512_set1_epi32(-128 * sum);
+        }
+      }
+    }
+    for (int64_t n = panel.quads_in(group); n > 0; --n) {
+      __m512i w[tile_columns];
+      for (int t = 0; t < tile_columns; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
+      for (int r = 0; r < Rows; ++r) {
+        const __m512i a = load_quad(quads + r * tokens.stride);
+        for (int t = 0; t < tile_columns; ++t) dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], w[t], a);
+      }
+      bytes += quad * panel_width;
+      quads += quad;
+    }
+    for (int t = 0; t < tile_columns; ++t) {
+      const __m512 scales = _mm512_load_ps(weights.scales + column + t * tile_width);
+      for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_columns; ++t) {
+      finish(total[r][t], tokens, row + r, (first_tile + t) * tile_width, output);
+    }
+  }
+}
+
+using MultiplyTile = void (*)(const Panel&, const Unpacked&, const Tokens&, int64_t, int64_t, const Output&);
+template <bool OwnZeros>
+constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
+                                                          multiply_tile<1, OwnZeros>,
+                                                          multiply_tile<2, OwnZeros>,
+                                                          multiply_tile<3, OwnZeros>,
+                                                          multiply_tile<4, OwnZeros>,
+                                                          multiply_tile<5, OwnZeros>,
+                                                          multiply_tile<6, OwnZeros>};
+
+template <int Bits>
+void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
+  static_assert(few_tokens == 4);
+  switch (tokens.rows) {
+    case 1:
+      return stream<Bits, 1>(panel, tokens, output);
+    case 2:
+      return stream<Bits, 2>(panel, tokens, output);
+    case 3:
+      return stream<Bits, 3>(panel, tokens, output);
+    case 4:
+      return stream<Bits, 4>(panel, tokens, output);
+    default:
+      break;
+  }
+  const Unpacked weights(panel, scratch);
+  unpack_panel<Bits>(panel, weights);
+  const MultiplyTile* of_rows = has_own_zeros(panel) ? multiply_tile_of<true> : multiply_tile_of<false>;
+  const int64_t used_tiles = (output.columns + tile_width - 1) / tile_width;
+  for (int64_t row = 0; row < tokens.rows; row += tile_rows) {
+    const int64_t rows = tokens.rows - row < tile_rows ? tokens.rows - row : tile_rows;
+    for (int64_t tile = 0; tile < used_tiles; tile += tile_columns) {
+      of_rows[rows](panel, weights, tokens, row, tile, output);
+    }
+  }
+}
+
+void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
+  constexpr decltype(&multiply) of_bits[] = {nullptr,          nullptr,          multiply_bits<2>,
+                                             multiply_bits<3>, multiply_bits<4>, multiply_bits<5>,
+                                             multiply_bits<6>, multiply_bits<7>, multiply_bits<8>};
+  of_bits[panel.bits](panel, tokens, output, scratch);
+}
+
+int64_t scratch_bytes(const Panel& panel) {
+  return (panel.quads * quad + panel.groups * static_cast<int64_t>(sizeof(float) + sizeof(int32_t))) * panel_width;
+}
+
+}  // namespace
+}  // namespace avx512vnni
+
+extern const Kernels avx512vnni_kernels;
+const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::multiply, avx512vnni::scratch_bytes};
+
+}  // namespace fastembed::qmatmul

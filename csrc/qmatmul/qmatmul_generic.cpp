@@ -1,0 +1,111 @@
+// Portable kernels: the panel is unpacked to signed weights, then plain loops.
+#include <cmath>
+#include <cstring>
+
+#include "common/half.hpp"
+#include "qmatmul/kernels.hpp"
+
+namespace fastembed::qmatmul {
+namespace generic {
+namespace {
+
+using Vec = float;
+using Index = int;
+
+Vec broadcast(float v) { return v; }
+Vec sub(Vec a, Vec b) { return a - b; }
+Vec mul(Vec a, Vec b) { return a * b; }
+Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+Vec absolute(Vec v) { return std::fabs(v); }
+Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+Index truncate(Vec v) { return static_cast<int>(v); }
+Vec widen(Index i) { return static_cast<float>(i); }
+Vec look_up(const float* table, Index i) { return table[i]; }
+
+#include "qmatmul/epilogue.inl"
+
+void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
+              float* scale, int32_t* sums) {
+  float amax = smallest_amax;
+  bool finite = true;
+  for (int64_t k = 0; k < in_features; ++k) {
+    const float magnitude = std::fabs(load_scalar(x, dtype, k));
+    finite = finite && std::isfinite(magnitude);
+    amax = larger(magnitude, amax);
+  }
+  const float inverse = finite ? 127.f / amax : 0.f;
+  *scale = finite ? amax * (1.f / 127.f) : NAN;
+  std::memset(codes, 0, static_cast<size_t>(stride));
+  for (int64_t first = 0; first < in_features; first += group_size) {
+    const int64_t end = first + group_size < in_features ? first + group_size : in_features;
+    int32_t sum = 0;
+    for (int64_t k = first; finite && k < end; ++k) {
+      codes[k] = static_cast<int8_t>(std::nearbyint(load_scalar(x, dtype, k) * inverse));
+      sum += codes[k];
+    }
+    *sums++ = sum;
+  }
+}
+
+// Eight codes of `bits` bits to eight bytes, by halving the fields three times.
+uint64_t spread(uint64_t word, int bits) {
+  const int gap = 8 - bits;
+  const uint64_t fields = (uint64_t{1} << bits) - 1;
+  const uint64_t pairs = fields | fields << bits;
+  const uint64_t fours = pairs | pairs << 2 * bits;
+  word = (word & fours) | (word << 4 * gap & fours << 32);
+  word = (word & pairs * 0x0000000100000001) | (word << 2 * gap & pairs * 0x0001000000010000);
+  return (word & fields * 0x0001000100010001) | (word << gap & fields * 0x0100010001000100);
+}
+
+// Signed weights [64] of input feature `k`, in units of their scale.
+void unpack_feature(const Panel& panel, int64_t k, int16_t* weights) {
+  const int64_t group = k / (panel.group_quads * quad);
+  const uint8_t* words = panel.codes + k / quad * 32 * panel.bits;
+  for (int64_t column = 0; column < panel_width; column += 2) {
+    uint64_t word = 0;
+    for (int i = 0; i < panel.bits; ++i) word |= static_cast<uint64_t>(*words++) << 8 * i;
+    word = spread(word, panel.bits) >> 8 * (k % quad);
+    weights[column] = static_cast<int16_t>(word & 0xff);
+    weights[column + 1] = static_cast<int16_t>(word >> 32 & 0xff);
+  }
+  for (int64_t column = 0; column < panel_width; ++column) {
+    const int zero = panel.zeros ? panel.zeros[group * panel_width + column] : 1 << (panel.bits - 1);
+    weights[column] = static_cast<int16_t>(weights[column] - zero);
+  }
+}
+
+void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
+  int16_t* weights = static_cast<int16_t*>(scratch);
+  for (int64_t k = 0; k < panel.quads * quad; ++k) unpack_feature(panel, k, weights + k * panel_width);
+  for (int64_t row = 0; row < tokens.rows; ++row) {
+    const int8_t* codes = tokens.codes + row * tokens.stride;
+    float total[panel_width] = {};
+    for (int64_t group = 0; group < panel.groups; ++group) {
+      int32_t dot[panel_width] = {};
+      const int64_t first = group * panel.group_quads * quad;
+      for (int64_t k = first; k < first + panel.quads_in(group) * quad; ++k) {
+        for (int64_t i = 0; i < panel_width; ++i) dot[i] += codes[k] * weights[k * panel_width + i];
+      }
+      const uint16_t* scales = panel.scales + group * panel_width;
+      for (int64_t i = 0; i < panel_width; ++i) total[i] += static_cast<float>(dot[i]) * f16_to_float(scales[i]);
+    }
+    char* y = static_cast<char*>(output.data) + row * output.row_stride * size_of(output.dtype);
+    for (int64_t i = 0; i < output.columns; ++i) {
+      store_scalar(y, output.dtype, i, apply_epilogue(total[i] * tokens.scales[row] + output.bias[i], output));
+    }
+  }
+}
+
+int64_t scratch_bytes(const Panel& panel) {
+  return panel.quads * quad * panel_width * static_cast<int64_t>(sizeof(int16_t));
+}
+
+}  // namespace
+}  // namespace generic
+
+extern const Kernels generic_kernels;
+const Kernels generic_kernels = {generic::quantize, generic::multiply, generic::scratch_bytes};
+
+}  // namespace fastembed::qmatmul

@@ -48,6 +48,8 @@ def pool_exits(
     `attention_mask` and `cu_seqlens` are not checked (that would wait for the GPU)."""
     first = hidden_states[0]
     rows = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
     outputs = [[first.new_empty(rows, dim, dtype=out_dtype) for dim in exit_dims] for exit_dims in dims]
     if rows > 0:
         with torch.cuda.device_of(first):

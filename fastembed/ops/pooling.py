@@ -318,6 +318,13 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (grad_hidden, None, None, None, None, None, None, None)
 
 
+def _pool_exits_triton(*args: Any) -> list[Tensor]:
+    """Imports Triton at the first call: it is optional, and slow to import."""
+    from ..triton_kernels import pooling
+
+    return pooling.pool_exits(*args)
+
+
 # Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype),
 # shapes and dtypes already checked, values not, and returns [B, dim] tensors exit by exit.
 _pool_exits = Op(
@@ -326,6 +333,7 @@ _pool_exits = Op(
     implementations={
         "reference": _implementation(reference.pool_exits),
         "cpu": _implementation(_pool_exits_cpu),
+        "triton": _implementation(_pool_exits_triton),
     },
     fake=_fake,
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},

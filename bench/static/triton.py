@@ -1,0 +1,135 @@
+"""Registers, spills, shared memory and instruction counts of the Triton kernels, compiled without a GPU.
+
+The kernels are compiled by the very calls that launch them, on meta tensors, with a stand-in for Triton's GPU driver
+that names the architecture. So this is the code a GPU would get, specialisation included; and a launcher that looked at
+a value, and so waited for the GPU, would fail here.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from fastembed.triton_kernels import pooling
+
+from . import KernelResources
+
+ARCHS = (80, 90, 100)
+
+# Accesses to global memory, by their width in bits; to local memory, which are spills; and atomics.
+NOTED = re.compile(r"LDG|STG|LDGSTS|LDL|STL|ATOMG?|REDG?")
+WIDTHS = ("128", "64", "U16", "U8", "S8")
+
+
+def rows() -> list[KernelResources]:
+    """Every kernel in its main variants, for every architecture."""
+    return [
+        resources(family, variant, kernel, log)
+        for family, variant, call in _calls()
+        for arch in ARCHS
+        for kernel, log in compile_offline(call, arch)
+    ]
+
+
+def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(family, variant, a call that launches its kernels) at shapes and alignments as in use."""
+    for mode in ("mean", "weightedmean", "max", "cls"):
+        yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
+
+
+def pool_exits(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[torch.Tensor]:
+    """Pool six exits of a base-size encoder to three dims each, on meta tensors."""
+    batch, length, width = 64, 512, 768
+    with torch.device("meta"):
+        hidden_states = [torch.empty(batch, length, width, dtype=dtype) for _ in range(6)]
+        mask = torch.empty(batch, length, dtype=torch.int64)
+        offsets = torch.empty(batch + 1, dtype=torch.int32)
+    tokens = (None, offsets) if packed else (mask, None)
+    hidden_states = [hidden.flatten(0, 1) for hidden in hidden_states] if packed else hidden_states
+    return pooling.pool_exits(hidden_states, *tokens, mode, [[64, 256, width]] * 6, True, dtype)
+
+
+class _OfflineDriver:
+    """All that Triton asks the driver before a launch: which architecture to compile for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton caches compiled kernels by device: one per architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_offline(call: Callable[[], object], arch: int) -> list[tuple[CompiledKernel, str]]:
+    """Compile, in place of launching, every kernel that `call` launches; each with the assembler's report."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process and cannot be compiled")
+    compiled = []
+    launch = JITFunction.run
+
+    def compile_only(function: JITFunction, *args: object, **options: object) -> None:
+        log = io.StringIO()
+        function.device_caches.pop(arch, None)
+        with contextlib.redirect_stdout(log):
+            kernel = launch(function, *args, **{**options, "warmup": True})
+        compiled.append((kernel, log.getvalue()))
+
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.object(triton.runtime.driver, "_active", _OfflineDriver(arch)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+    ):
+        knobs.cache.dir = cache
+        knobs.nvidia.dump_ptxas_log = True
+        call()
+    return compiled
+
+
+def resources(family: str, variant: str, kernel: CompiledKernel, log: str) -> KernelResources:
+    """One row, read from the assembler's report and the machine code."""
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    ((stack, stores, loads),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
+    return KernelResources(
+        kernel=f"{family}.{kernel.metadata.name}[{variant}]",
+        toolchain=f"triton {triton.__version__}",
+        arch=f"sm_{kernel.metadata.target.arch}",
+        registers=int(registers),
+        spill_bytes=int(stores) + int(loads),
+        stack_bytes=int(stack),
+        shared_bytes=kernel.metadata.shared,
+        notes=", ".join(f"{count} {opcode}" for opcode, count in sorted(noted_instructions(kernel).items())),
+    )
+
+
+def noted_instructions(kernel: CompiledKernel) -> Counter[str]:
+    """How often each noted opcode stands in the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
+        machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions = re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", machine_code)
+    split = [instruction.split(".") for instruction in instructions]
+    return Counter(
+        ".".join([opcode, *(modifier for modifier in modifiers if modifier in WIDTHS)])
+        for opcode, *modifiers in split
+        if NOTED.fullmatch(opcode)
+    )

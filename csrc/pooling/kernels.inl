@@ -11,17 +11,25 @@
 // Every column is computed by the same operations wherever it falls in a vector, so how the columns are split between
 // threads never shows in a result.
 
-constexpr int64_t group = 8;  // tokens read per pass over the accumulators
+// Tokens are taken in groups. A group's tokens are added one after the other, then the group to the running sum.
+constexpr int64_t group = 8;
 
+// The tokens of one group.
 template <class T>
-struct Rows {
+struct Group {
   const T* at[group];
+  int64_t size;
 
-  Rows(const Tokens& tokens, int64_t first_token, int64_t count, int64_t first_column) {
+  Group(const Tokens& tokens, int64_t begin, int64_t first_column) {
     const T* data = static_cast<const T*>(tokens.data) + first_column;
-    for (int64_t i = 0; i < count; ++i) at[i] = data + tokens.index[first_token + i] * tokens.stride;
+    size = tokens.count - begin < group ? tokens.count - begin : group;
+    for (int64_t i = 0; i < size; ++i) at[i] = data + tokens.index[begin + i] * tokens.stride;
   }
 };
+
+// Memory delivers most when it is read in order, token by token. Where that is impossible because only some columns are
+// wanted, the gaps defeat the hardware's prefetching, and reading the tokens of a group side by side is faster.
+inline bool read_in_order(const Tokens& tokens, int64_t columns) { return tokens.stride == columns; }
 
 // Calls body(column, lanes) over `columns` columns: whole vectors, then the rest.
 template <class Body>
@@ -45,93 +53,129 @@ inline __attribute__((always_inline)) void store_lanes(T* to, Vec value, int64_t
   }
 }
 
-// A running sum whose rounding errors are kept beside it (Knuth's two-sum), so that its accuracy does not depend on
-// the number of tokens.
-struct Accumulators {
-  alignas(64) float sum[max_columns];
-  alignas(64) float error[max_columns];
+template <class T>
+inline __attribute__((always_inline)) void prefetch_next_group(const Tokens& tokens, const T* column) {
+  __builtin_prefetch(column + group * tokens.stride);
+}
 
-  inline __attribute__((always_inline)) void add_at(int64_t c, Vec value) {
-    const Vec before = load(sum + c);
+// Running sums of a range of columns, the rounding errors kept beside them (Knuth's two-sum), so that the accuracy does
+// not depend on the number of tokens.
+template <class T, class Weighting>
+class Sums {
+ public:
+  Sums(const Tokens& tokens, int64_t first, int64_t columns) : tokens_(tokens), first_(first), columns_(columns) {
+    for (int64_t c = 0; c < columns; c += Vec::width) {
+      store(sum_ + c, broadcast(0.f));
+      store(error_ + c, broadcast(0.f));
+    }
+    const bool in_order = read_in_order(tokens, columns);
+    for (int64_t begin = 0; begin < tokens.count; begin += group) {
+      const Group<T> members(tokens, begin, first);
+      float weights[group];
+      for (int64_t k = 0; k < members.size; ++k) {
+        weights[k] = static_cast<float>(tokens.index[begin + k] - tokens.index[0] + 1);
+      }
+      if (in_order || members.size < group) {
+        add_in_order(members, weights);
+      } else {
+        add_side_by_side(members, weights);
+      }
+    }
+  }
+
+  void divide_into(float divisor, float* pooled) const {
+    const Vec by = broadcast(divisor);
+    for_columns(columns_, [&](int64_t c, int64_t lanes) {
+      // An infinite or NaN sum has no meaningful error.
+      store_lanes(pooled + c, div(add(load(sum_ + c), zero_if_nan(load(error_ + c))), by), lanes);
+    });
+  }
+
+ private:
+  void add_in_order(const Group<T>& members, const float* weights) {
+    const int64_t last = members.size - 1;
+    for (int64_t k = 0; k < last; ++k) {
+      for_columns(columns_, [&](int64_t c, int64_t lanes) {
+        const Vec value = load_lanes(members.at[k] + c, lanes);
+        store(group_ + c,
+              k == 0 ? Weighting::first(value, weights[0]) : Weighting::next(value, weights[k], load(group_ + c)));
+      });
+    }
+    for_columns(columns_, [&](int64_t c, int64_t lanes) {
+      const Vec value = load_lanes(members.at[last] + c, lanes);
+      add_group(
+          c, last == 0 ? Weighting::first(value, weights[0]) : Weighting::next(value, weights[last], load(group_ + c)));
+    });
+  }
+
+  void add_side_by_side(const Group<T>& members, const float* weights) {
+    for_columns(columns_, [&](int64_t c, int64_t lanes) {
+      Vec sum = Weighting::first(load_lanes(members.at[0] + c, lanes), weights[0]);
+      for (int64_t k = 1; k < group; ++k) {
+        sum = Weighting::next(load_lanes(members.at[k] + c, lanes), weights[k], sum);
+      }
+      for (int64_t k = 0; k < group; ++k) prefetch_next_group(tokens_, members.at[k] + c);
+      add_group(c, sum);
+    });
+  }
+
+  inline __attribute__((always_inline)) void add_group(int64_t c, Vec value) {
+    const Vec before = load(sum_ + c);
     const Vec after = add(before, value);
     const Vec added = sub(after, before);
     const Vec lost = add(sub(before, sub(after, added)), sub(value, added));
-    store(sum + c, after);
-    store(error + c, add(load(error + c), lost));
+    store(sum_ + c, after);
+    store(error_ + c, add(load(error_ + c), lost));
   }
+
+  const Tokens& tokens_;
+  const int64_t first_;
+  const int64_t columns_;
+  alignas(64) float sum_[max_columns];
+  alignas(64) float error_[max_columns];
+  alignas(64) float group_[max_columns];
 };
 
 struct Plain {
-  static inline __attribute__((always_inline)) Vec apply(Vec value, float) { return value; }
-  static inline __attribute__((always_inline)) Vec apply_add(Vec value, float, Vec to) { return add(value, to); }
+  static inline __attribute__((always_inline)) Vec first(Vec value, float) { return value; }
+  static inline __attribute__((always_inline)) Vec next(Vec value, float, Vec sum) { return add(sum, value); }
 };
 
 struct Weighted {
-  static inline __attribute__((always_inline)) Vec apply(Vec value, float weight) {
+  static inline __attribute__((always_inline)) Vec first(Vec value, float weight) {
     return mul(value, broadcast(weight));
   }
-  static inline __attribute__((always_inline)) Vec apply_add(Vec value, float weight, Vec to) {
-    return multiply_add(value, broadcast(weight), to);
+  static inline __attribute__((always_inline)) Vec next(Vec value, float weight, Vec sum) {
+    return multiply_add(value, broadcast(weight), sum);
   }
 };
 
 template <class T, class Weighting>
 void sum_tokens(const Tokens& tokens, int64_t first, int64_t columns, float divisor, float* pooled) {
-  Accumulators acc;
-  for (int64_t c = 0; c < columns; c += Vec::width) {
-    store(acc.sum + c, broadcast(0.f));
-    store(acc.error + c, broadcast(0.f));
-  }
-  const auto weight = [&](int64_t i) { return static_cast<float>(tokens.index[i] - tokens.index[0] + 1); };
-  int64_t i = 0;
-  for (; i + group <= tokens.count; i += group) {
-    const Rows<T> rows(tokens, i, group, first);
-    float w[group];
-    for (int64_t k = 0; k < group; ++k) w[k] = weight(i + k);
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      const auto pair = [&](int64_t k) {
-        return Weighting::apply_add(load_lanes(rows.at[k + 1] + c, lanes), w[k + 1],
-                                    Weighting::apply(load_lanes(rows.at[k] + c, lanes), w[k]));
-      };
-      acc.add_at(c, add(add(pair(0), pair(2)), add(pair(4), pair(6))));
-    });
-  }
-  for (; i < tokens.count; ++i) {
-    const Rows<T> rows(tokens, i, 1, first);
-    const float w = weight(i);
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      acc.add_at(c, Weighting::apply(load_lanes(rows.at[0] + c, lanes), w));
-    });
-  }
-  const Vec by = broadcast(divisor);
-  for_columns(columns, [&](int64_t c, int64_t lanes) {
-    // An infinite or NaN sum has no meaningful error.
-    store_lanes(pooled + c, div(add(load(acc.sum + c), zero_if_nan(load(acc.error + c))), by), lanes);
-  });
+  Sums<T, Weighting>(tokens, first, columns).divide_into(divisor, pooled);
 }
 
 template <class T>
 void max_tokens(const Tokens& tokens, int64_t first, int64_t columns, float, float* pooled) {
-  const Rows<T> start(tokens, 0, 1, first);
-  for_columns(columns,
-              [&](int64_t c, int64_t lanes) { store_lanes(pooled + c, load_lanes(start.at[0] + c, lanes), lanes); });
-  int64_t i = 1;
-  for (; i + group <= tokens.count; i += group) {
-    const Rows<T> rows(tokens, i, group, first);
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      const auto pair = [&](int64_t k) {
-        return max_or_nan(load_lanes(rows.at[k] + c, lanes), load_lanes(rows.at[k + 1] + c, lanes));
-      };
-      const Vec largest = max_or_nan(max_or_nan(pair(0), pair(2)), max_or_nan(pair(4), pair(6)));
-      store_lanes(pooled + c, max_or_nan(load_lanes(pooled + c, lanes), largest), lanes);
-    });
-  }
-  for (; i < tokens.count; ++i) {
-    const Rows<T> rows(tokens, i, 1, first);
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      const Vec largest = max_or_nan(load_lanes(pooled + c, lanes), load_lanes(rows.at[0] + c, lanes));
-      store_lanes(pooled + c, largest, lanes);
-    });
+  const bool in_order = read_in_order(tokens, columns);
+  for_columns(columns, [&](int64_t c, int64_t lanes) { store_lanes(pooled + c, broadcast(-__builtin_inff()), lanes); });
+  for (int64_t begin = 0; begin < tokens.count; begin += group) {
+    const Group<T> members(tokens, begin, first);
+    if (in_order || members.size < group) {
+      for (int64_t k = 0; k < members.size; ++k) {
+        for_columns(columns, [&](int64_t c, int64_t lanes) {
+          const Vec value = load_lanes(members.at[k] + c, lanes);
+          store_lanes(pooled + c, max_or_nan(load_lanes(pooled + c, lanes), value), lanes);
+        });
+      }
+    } else {
+      for_columns(columns, [&](int64_t c, int64_t lanes) {
+        Vec largest = load_lanes(pooled + c, lanes);
+        for (int64_t k = 0; k < group; ++k) largest = max_or_nan(largest, load_lanes(members.at[k] + c, lanes));
+        for (int64_t k = 0; k < group; ++k) prefetch_next_group(tokens, members.at[k] + c);
+        store_lanes(pooled + c, largest, lanes);
+      });
+    }
   }
 }
 

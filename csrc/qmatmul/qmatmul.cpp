@@ -14,8 +14,9 @@ namespace fastembed::qmatmul {
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
+extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
-constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, nullptr, nullptr, &avx512vnni_kernels}};
+constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, &avx2_kernels, nullptr, &avx512vnni_kernels}};
 #else
 constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, nullptr, nullptr, nullptr}};
 #endif

@@ -1,0 +1,401 @@
+"""The low-bit linear op: layout, kernels at every instruction-set level against the reference, contracts of an op."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_close_to_oracle
+from torch import Tensor
+
+import fastembed
+from fastembed.ops.qmatmul import EPILOGUES, dequantize_weight, qlinear
+from fastembed.reference import qmatmul as reference
+
+ALL_BITS = tuple(range(2, 9))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Around the tile of 4 input features, the registers of 16 and 64, and more than one panel.
+IN_FEATURES = (1, 3, 4, 5, 16, 37, 64, 100, 192, 384)
+OUT_FEATURES = (1, 2, 15, 16, 17, 63, 64, 65, 130, 192)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 70)
+
+
+@dataclass
+class Layer:
+    """Arguments of `qlinear` after x."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    bits: int
+    group_size: int
+    out_features: int
+    epilogue: str | None = None
+
+    def __call__(self, x: Tensor, **changes: object) -> Tensor:
+        return qlinear(x, **{**self.__dict__, **changes})
+
+    def positional(self) -> tuple[object, ...]:
+        return tuple(self.__dict__.values())
+
+
+def make_layer(
+    in_features: int,
+    out_features: int,
+    bits: int = 4,
+    group_size: int = 64,
+    *,
+    symmetric: bool = False,
+    bias: torch.dtype | None = torch.float32,
+    epilogue: str | None = None,
+    seed: int = 0,
+) -> Layer:
+    """Random codes over their whole range, so that every bit of every code matters."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-in_features // group_size)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+
+    scales = (torch.rand(out_features, groups, generator=generator) + 0.5) / (1 << bits)
+    return Layer(
+        reference.pack_codes(integers(out_features, in_features), bits),
+        reference.to_panels(scales.half()),
+        None if symmetric else reference.to_panels(integers(out_features, groups)),
+        None if bias is None else torch.randn(out_features, generator=generator).to(bias),
+        bits,
+        group_size,
+        out_features,
+        epilogue,
+    )
+
+
+def oracle(layer: Layer, x: Tensor) -> Tensor:
+    """The definition in float64, from the very int8 activations."""
+    in_features = x.shape[-1]
+    activations, token_scales = reference.quantize_activations(x.reshape(-1, in_features))
+    weight = dequantize_weight(
+        layer.codes,
+        layer.scales,
+        layer.zeros,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        out_features=layer.out_features,
+        in_features=in_features,
+    )
+    y = (activations.double() * token_scales.double()) @ weight.double().T
+    if layer.bias is not None:
+        y = y + layer.bias.double()
+    return reference.apply_epilogue(y, layer.epilogue).reshape(*x.shape[:-1], layer.out_features)
+
+
+def random_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(
+    bits=st.integers(1, 8),
+    rows=st.sampled_from(OUT_FEATURES),
+    columns=st.sampled_from(IN_FEATURES),
+    seed=st.integers(0, 99),
+)
+def test_packing_round_trips(bits: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    packed = reference.pack_codes(codes, bits)
+    assert packed.shape == (-(-rows // 64), -(-columns // 4), 32 * bits)
+    assert packed.is_contiguous()
+    assert torch.equal(reference.unpack_codes(packed, bits, rows, columns), codes)
+
+
+def test_packed_layout_is_the_documented_one() -> None:
+    """Files hold this layout: it must not change unnoticed."""
+    codes = torch.zeros(64, 8, dtype=torch.uint8)
+    codes[17, 6] = 0b101  # tile 1, lane 0, second feature of the lane; second quad, third of it: field 6
+    packed = reference.pack_codes(codes, 3)
+    assert packed.nonzero().tolist() == [[0, 1, 1 * 24 + 2]]
+    assert packed[0, 1, 26] == 0b101 << (6 * 3 - 2 * 8)
+
+
+@given(
+    in_features=st.sampled_from(IN_FEATURES),
+    out_features=st.sampled_from(OUT_FEATURES),
+    rows=st.sampled_from(ROWS),
+    bits=st.sampled_from(ALL_BITS),
+    group_size=st.sampled_from((16, 32, 64, 128, 1024)),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.sampled_from((None, *DTYPES)),
+    epilogue=st.sampled_from(EPILOGUES),
+)
+def test_close_to_the_definition(
+    isa: str,
+    in_features: int,
+    out_features: int,
+    rows: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    epilogue: str | None,
+) -> None:
+    layer = make_layer(in_features, out_features, bits, group_size, symmetric=symmetric, bias=bias, epilogue=epilogue)
+    x = random_x(rows, in_features, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    with fastembed.use_backend("reference"):
+        theirs = layer(x)
+    assert_close_to_oracle(y, theirs, oracle(layer, x))
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 5, 13])
+def test_integers_are_exact(isa: str, bits: int, symmetric: bool, rows: int) -> None:
+    """With unit scales and activations that are their own codes, every result is an integer below 2**24."""
+    layer = make_layer(200, 130, bits, 64, symmetric=symmetric, bias=None)
+    layer.scales.fill_(1)
+    x = torch.randint(-127, 128, (rows, 200), generator=torch.Generator().manual_seed(bits)).float()
+    x[:, 0] = 127
+    with fastembed.use_backend("reference"):
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("code", [0, -1])
+def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> None:
+    codes = torch.full((64, 128), code % (1 << bits), dtype=torch.uint8)
+    zeros = torch.full((64, 2), (1 << bits) - 1 - int(codes[0, 0]), dtype=torch.uint8)
+    layer = Layer(
+        reference.pack_codes(codes, bits),
+        reference.to_panels(torch.ones(64, 2).half()),
+        reference.to_panels(zeros),
+        None,
+        bits,
+        64,
+        64,
+    )
+    for x in (torch.full((6, 128), 127.0), torch.full((6, 128), -127.0)):
+        expected = (int(codes[0, 0]) - int(zeros[0, 0])) * x.sum(dim=1, keepdim=True)
+        assert torch.equal(layer(x), expected.expand(6, 64))
+
+
+@given(rows=st.integers(1, 40), bits=st.sampled_from(ALL_BITS), symmetric=st.booleans())
+def test_a_row_does_not_depend_on_its_batch(isa: str, rows: int, bits: int, symmetric: bool) -> None:
+    layer = make_layer(100, 70, bits, 32, symmetric=symmetric, epilogue="gelu")
+    x = random_x(rows, 100)
+    y = layer(x)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(layer(x[row]), y[row])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...], rows: int) -> None:
+    layer = make_layer(1024, 1100)
+    x = random_x(rows, 1024)
+    results = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        results.append(layer(x))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_more_rows_than_one_block() -> None:
+    """Long inputs are quantised and multiplied block by block."""
+    layer = make_layer(4096, 64)
+    x = random_x(1200, 4096)
+    y = layer(x)
+    assert torch.equal(y[-1], layer(x[-1]))
+    assert torch.equal(y[500:510], layer(x[500:510]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_spoils_only_itself(isa: str, dtype: torch.dtype, bad: float) -> None:
+    for epilogue in EPILOGUES:
+        layer = make_layer(100, 70, epilogue=epilogue)
+        x = random_x(7, 100, dtype=dtype)
+        expected = layer(x)
+        x[2, 41] = bad
+        y = layer(x)
+        assert y[2].isnan().all()
+        others = [0, 1, 3, 4, 5, 6]
+        assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
+def test_extreme_magnitudes(isa: str, magnitude: float) -> None:
+    layer = make_layer(64, 64, bits=8, bias=None)
+    layer.scales.mul_(2**-6)  # so that no output overflows
+    x = random_x(5, 64).clamp(-1, 1) * magnitude
+    y = layer(x)
+    assert y.isfinite().all()
+    with fastembed.use_backend("reference"):
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=0 if magnitude >= 1e-30 else 1e-38)
+    if magnitude == 0:
+        assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize(("epilogue", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_gelu_over_its_whole_range(isa: str, epilogue: str, approximate: str) -> None:
+    """A layer that passes its bias through: the epilogue alone, against float64."""
+    z = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 100.0, -100.0, 1e30, -1e30])])
+    layer = make_layer(16, len(z), bits=8, epilogue=epilogue)
+    layer.bias = z
+    y = layer(torch.zeros(1, 16))[0]
+    expected = F.gelu(z.double(), approximate=approximate)
+    error = (y.double() - expected).abs()
+    assert (error <= 1e-7 * z.abs().clamp(min=1)).all(), error.max()
+
+
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 3, 100), (2, 0, 100), (0, 100), (2, 1, 3, 100)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    layer = make_layer(100, 70)
+    x = random_x(*shape)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 70)
+    assert y.is_contiguous()
+    assert torch.equal(y.reshape(-1, 70), layer(x.reshape(-1, 100)))
+
+
+@given(
+    view=st.sampled_from(("transposed", "sliced columns", "sliced rows", "expanded", "reversed batch", "stepped")),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_strided_input(isa: str, view: str, dtype: torch.dtype) -> None:
+    layer = make_layer(48, 70)
+    x = {
+        "transposed": lambda: random_x(48, 9, dtype=dtype).T,
+        "sliced columns": lambda: random_x(9, 100, dtype=dtype)[:, 7:55],
+        "sliced rows": lambda: random_x(20, 48, dtype=dtype)[1::2],
+        "expanded": lambda: random_x(48, dtype=dtype).expand(9, 48),
+        "reversed batch": lambda: random_x(3, 4, 48, dtype=dtype).transpose(0, 1),
+        "stepped": lambda: random_x(9, 96, dtype=dtype)[:, ::2],
+    }[view]()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_strided_weights() -> None:
+    layer, x = make_layer(100, 70), random_x(5, 100)
+    strided = {
+        name: torch.stack([getattr(layer, name)] * 2, dim=-1)[..., 0] for name in ("codes", "scales", "zeros", "bias")
+    }
+    assert torch.equal(layer(x, **strided), layer(x))
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (5, 0), (0, 0)])
+def test_no_features(isa: str, in_features: int, out_features: int) -> None:
+    layer = make_layer(in_features, out_features)
+    y = layer(random_x(3, in_features))
+    assert torch.equal(y, layer.bias.expand(3, out_features))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_opcheck(epilogue: str | None, symmetric: bool) -> None:
+    layer = make_layer(40, 70, symmetric=symmetric, bias=None if symmetric else torch.float32, epilogue=epilogue)
+    for x in (random_x(2, 3, 40), random_x(40, 4).T, random_x(0, 40), random_x(2, 40).requires_grad_()):
+        torch.library.opcheck(torch.ops.fastembed.qlinear.default, (x, *layer.positional()))
+    weight = (layer.codes, layer.scales, layer.zeros, layer.bits, layer.group_size, 70, 40)
+    torch.library.opcheck(torch.ops.fastembed.dequantize_weight.default, weight)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_input_and_bias(epilogue: str | None, dtype: torch.dtype) -> None:
+    """Straight through the rounding of the activations: the gradients of the float layer at our pre-activations."""
+    layer = make_layer(100, 70, epilogue=epilogue)
+    layer.bias = layer.bias.to(dtype).requires_grad_()
+    x = random_x(2, 3, 100, dtype=dtype).requires_grad_()
+    upstream = random_x(2, 3, 70, dtype=dtype, seed=2)
+    layer(x).backward(upstream)
+
+    weight = dequantize_weight(
+        layer.codes, layer.scales, layer.zeros, bits=4, group_size=64, out_features=70, in_features=100
+    )
+    before = layer(x.detach(), epilogue=None).double().requires_grad_()
+    (grad,) = torch.autograd.grad(reference.apply_epilogue(before, epilogue), before, upstream.double())
+    rounding = torch.finfo(dtype).eps
+    for got, expected in (
+        (x.grad, grad @ weight.double()),
+        (layer.bias.grad, grad.sum(dim=(0, 1))),
+    ):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=4 * rounding * expected.abs().max())
+
+
+def test_weights_have_no_gradient() -> None:
+    layer = make_layer(40, 70)
+    layer.scales.requires_grad_()
+    layer(random_x(2, 40)).sum().backward()
+    assert layer.scales.grad is None
+
+
+def test_compiled_exported_and_in_inference_mode() -> None:
+    layer = make_layer(40, 70, epilogue="gelu")
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return layer(x * 2) + 1
+
+    module, x = Module(), random_x(3, 40)
+    expected = module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(random_x(5, 40)), module(random_x(5, 40)))
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(module(x), expected)
+
+
+BAD_X = {
+    "float64": (lambda x: x.double(), TypeError, "x must be float32, bfloat16 or float16"),
+    "a scalar": (lambda x: x[0, 0], ValueError, "x must have at least one dimension"),
+    "too narrow": (lambda x: x[:, :30], ValueError, "x must end in a dimension"),
+    "too wide": (lambda x: torch.cat([x, x], 1), ValueError, "x must end in a dimension"),
+    "elsewhere": (lambda x: x.to("meta"), ValueError, "x must be on cpu"),
+}
+BAD_ARGUMENT = [
+    ("codes", lambda codes: codes.to(torch.int8), TypeError, "codes must be torch.uint8"),
+    ("codes", lambda codes: codes[0], ValueError, "codes must have shape"),
+    ("codes", lambda codes: codes[:1], ValueError, r"codes must have shape \[2, 25, 128\]"),
+    ("scales", lambda scales: scales.float(), TypeError, "scales must be torch.float16"),
+    ("scales", lambda scales: scales[:, :1], ValueError, "scales must have shape"),
+    ("zeros", lambda zeros: zeros[:, :1], ValueError, "zeros must have shape"),
+    ("zeros", lambda zeros: zeros.long(), TypeError, "zeros must be torch.uint8"),
+    ("bias", lambda bias: bias[:-1], ValueError, r"bias must have shape \[70\]"),
+    ("bias", lambda bias: bias.long(), TypeError, "bias must be float32"),
+    ("bits", lambda _: 3, ValueError, "codes must have shape"),
+    ("bits", lambda _: 9, ValueError, "bits must be 2 to 8, got 9"),
+    ("group_size", lambda _: 24, ValueError, "group_size must be a positive multiple of 16"),
+    ("group_size", lambda _: 0, ValueError, "group_size must be a positive multiple of 16"),
+    ("out_features", lambda _: -1, ValueError, "codes must have shape"),
+    ("epilogue", lambda _: "swish", ValueError, "epilogue must be one of"),
+]
+
+
+def check_refused(layer: Layer, x: Tensor, error: type[Exception], message: str) -> None:
+    """By the function and by the registered op alike: neither may reach a kernel."""
+    with pytest.raises(error, match=message):
+        layer(x)
+    with pytest.raises(error, match=message):
+        torch.ops.fastembed.qlinear(x, *layer.positional())
+
+
+@pytest.mark.parametrize("case", BAD_X)
+def test_bad_x(case: str) -> None:
+    change, error, message = BAD_X[case]
+    check_refused(make_layer(100, 70), change(random_x(2, 100)), error, message)
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), BAD_ARGUMENT)
+def test_bad_argument(name: str, change: Callable[[object], object], error: type[Exception], message: str) -> None:
+    layer = make_layer(100, 70)
+    setattr(layer, name, change(getattr(layer, name)))
+    check_refused(layer, random_x(2, 100), error, message)

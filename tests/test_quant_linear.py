@@ -1,0 +1,254 @@
+"""QuantLinear as a drop-in for nn.Linear, and the round-to-nearest quantiser that fills it."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fastembed
+from fastembed.nn import QuantLinear
+from fastembed.quantize import quantize_rtn
+
+
+def make_linear(in_features: int = 100, out_features: int = 70, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(in_features, out_features, bias)
+
+
+@given(
+    bits=st.integers(2, 8),
+    group_size=st.sampled_from((16, 32, 64, 128)),
+    symmetric=st.booleans(),
+    shape=st.sampled_from(((1, 1), (5, 37), (70, 100), (64, 128))),
+    offset=st.sampled_from((0.0, 1.0, -1.0)),
+)
+def test_rtn_errs_by_half_a_step(
+    bits: int, group_size: int, symmetric: bool, shape: tuple[int, int], offset: float
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits)) + offset
+    codes, scales, zeros = quantize_rtn(weight, bits, group_size, symmetric)
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) < 1 << bits
+    groups = torch.arange(shape[1]) // group_size
+    steps = scales.float()[:, groups]
+    midpoints = 1 << (bits - 1) if symmetric else zeros.float()[:, groups]
+    # The scale's own rounding to float16 moves the far end of the range by up to 2**-11 of it.
+    allowed = 0.5 * steps * (1 + 2.0**-10 * (1 << bits)) + 1e-7
+    # Zero is a code, so the range's ends may be off by up to half a step more than what lies inside.
+    assert ((codes.float() - midpoints) * steps - weight).abs().le(allowed + (0 if symmetric else 0.5 * steps)).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rtn_represents_zero_exactly(symmetric: bool) -> None:
+    weight = make_linear().weight.detach()
+    weight[:, ::3] = 0
+    weight[7] = 0
+    layer = make_linear()
+    layer.weight.data = weight
+    dequantized = QuantLinear.from_linear(layer, bits=4, symmetric=symmetric).dequantize()
+    assert torch.equal(dequantized[:, ::3], weight[:, ::3])
+    assert torch.equal(dequantized[7], weight[7])
+
+
+def test_rtn_keeps_values_that_are_on_its_grid() -> None:
+    """Quantising what is already quantised changes nothing."""
+    linear = make_linear()
+    once = QuantLinear.from_linear(linear, bits=4, symmetric=True)
+    # Both ends of the symmetric range, so that the second pass finds the same step.
+    linear.weight.data = once.dequantize()
+    twice = QuantLinear.from_linear(linear, bits=4, symmetric=True)
+    torch.testing.assert_close(twice.dequantize(), once.dequantize(), rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rtn_refuses_weights_that_are_not_finite(bad: float) -> None:
+    linear = make_linear()
+    linear.weight.data[3, 4] = bad
+    with pytest.raises(ValueError, match="weight must be finite"):
+        QuantLinear.from_linear(linear)
+
+
+def test_rtn_refuses_weights_beyond_float16_scales() -> None:
+    linear = make_linear()
+    linear.weight.data *= 1e9
+    with pytest.raises(ValueError, match="weight is too large"):
+        QuantLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(4, 0.09), (8, 0.012)])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_near_the_float_layer(isa: str, bits: int, allowed: float, symmetric: bool, bias: bool) -> None:
+    linear = make_linear(bias=bias)
+    layer = QuantLinear.from_linear(linear, bits=bits, symmetric=symmetric)
+    x = torch.randn(2, 9, 100)
+    assert (layer(x) - linear(x)).norm() <= allowed * linear(x).norm()
+    assert (layer.dequantize() - linear.weight).norm() <= allowed * linear.weight.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_layer_and_input_are_free(dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_linear(make_linear().to(dtype))
+    assert layer.bias.dtype == dtype
+    for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert layer(torch.randn(3, 100, dtype=x_dtype)).dtype == x_dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_model_keeps_the_weight(dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    weight = layer.dequantize()
+    layer.to(dtype)
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.dequantize(), weight)
+
+
+def test_autocast_decides_the_output_dtype() -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    x = torch.randn(3, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert torch.equal(layer(x), layer(x.bfloat16()))
+    assert layer(x).dtype == torch.float32
+
+
+def test_under_a_trainable_head() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Parameter(torch.randn(4, 100))
+    model = nn.Sequential(QuantLinear.from_linear(make_linear(), epilogue="gelu"), nn.Linear(70, 1))
+    model(embedding).sum().backward()
+    assert embedding.grad.abs().sum() > 0
+    assert model[1].weight.grad is not None
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_state_dict_fits_a_fresh_layer(bits: int, symmetric: bool) -> None:
+    layer = QuantLinear.from_linear(make_linear(), bits=bits, symmetric=symmetric, group_size=32)
+    for device, assign in (("cpu", False), ("meta", True)):
+        fresh = QuantLinear(100, 70, bits=bits, symmetric=symmetric, group_size=32, device=device)
+        fresh.load_state_dict(layer.state_dict(), assign=assign)
+        x = torch.randn(3, 100)
+        assert torch.equal(fresh(x), layer(x))
+
+
+def test_state_of_another_configuration_is_refused() -> None:
+    state = QuantLinear.from_linear(make_linear()).state_dict()
+    for other in ({"bits": 8}, {"group_size": 32}, {"symmetric": True}, {"bias": False}):
+        with pytest.raises(RuntimeError, match=r"state_dict"):
+            QuantLinear(100, 70, **other).load_state_dict(state)
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    layer = QuantLinear.from_linear(make_linear())
+    safetensors.save_model(layer, str(tmp_path / "layer.safetensors"))
+    fresh = QuantLinear(100, 70)
+    safetensors.load_model(fresh, str(tmp_path / "layer.safetensors"))
+    x = torch.randn(3, 100)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies(clone: Callable[[QuantLinear], QuantLinear]) -> None:
+    layer = QuantLinear.from_linear(make_linear(), epilogue="gelu")
+    x = torch.randn(3, 100)
+    assert torch.equal(clone(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("epilogue", ["gelu", "gelu_tanh", "relu"])
+def test_epilogue_may_be_set_later(epilogue: str) -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    x = torch.randn(3, 100)
+    plain = layer(x)
+    layer.epilogue = epilogue
+    after = {
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
+        "relu": nn.functional.relu,
+    }[epilogue](plain)
+    torch.testing.assert_close(layer(x), after, rtol=1e-6, atol=1e-6)
+    layer.epilogue = "swish"
+    with pytest.raises(ValueError, match="epilogue must be one of"):
+        layer(x)
+
+
+def test_size_is_accounted_for() -> None:
+    layer = QuantLinear.from_linear(make_linear(256, 128), bits=4, group_size=64)
+    weights = 256 * 128
+    assert layer.nbytes == weights // 2 + weights // 64 * 3 + 128 * 4
+    assert layer.bits_per_weight == pytest.approx(4 + 24 / 64)
+    assert (
+        layer.bits_per_weight > QuantLinear.from_linear(make_linear(256, 128), bits=4, symmetric=True).bits_per_weight
+    )
+
+
+def test_repr_says_what_it_is() -> None:
+    layer = QuantLinear.from_linear(make_linear(), bits=8, group_size=128, symmetric=True, epilogue="gelu")
+    assert repr(layer) == (
+        "QuantLinear(in_features=100, out_features=70, bias=True, bits=8, group_size=128, symmetric=True, "
+        "activations='int8', epilogue='gelu')"
+    )
+
+
+def test_training_mode_is_kept_and_the_linear_is_not_changed() -> None:
+    linear = make_linear().eval()
+    before = copy.deepcopy(linear.state_dict())
+    layer = QuantLinear.from_linear(linear)
+    assert not layer.training
+    assert layer.bias.data_ptr() != linear.bias.data_ptr()
+    assert all(torch.equal(before[name], tensor) for name, tensor in linear.state_dict().items())
+
+
+def test_reference_backend_can_be_forced() -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    x = torch.randn(3, 100)
+    with fastembed.use_backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_and_export() -> None:
+    layer = QuantLinear.from_linear(make_linear(), epilogue="gelu").eval()
+    x = torch.randn(3, 100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(x), layer(x))
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
+    assert torch.equal(exported(torch.ones(7, 100)), layer(torch.ones(7, 100)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, "bits must be 2 to 8, got 1"),
+        ({"bits": 9}, "bits must be 2 to 8, got 9"),
+        ({"bits": 4.5}, "bits must be 2 to 8, got 4.5"),
+        ({"group_size": 40}, "group_size must be a positive multiple of 16, got 40"),
+        ({"group_size": -1}, "group_size must be a positive multiple of 16, got -1"),
+        ({"activations": "float"}, "activations must be 'int8', got 'float'"),
+        ({"epilogue": "swish"}, "epilogue must be one of"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantLinear.from_linear(make_linear(), **arguments)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match=r"linear must be an nn.Linear, got Conv1d"):
+        QuantLinear.from_linear(nn.Conv1d(3, 3, 1))
+    layer = QuantLinear.from_linear(make_linear())
+    with pytest.raises(ValueError, match="x must have 100 features in its last dimension"):
+        layer(torch.randn(3, 99))
+    with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, got torch.int64"):
+        layer(torch.ones(3, 100, dtype=torch.long))

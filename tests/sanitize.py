@@ -50,10 +50,14 @@ def build(name: str) -> Path:
 
 
 def environment(name: str, package: Path) -> dict[str, str]:
-    runtime = subprocess.run(
-        ["g++", f"-print-file-name={RUNTIMES[name]}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return {**os.environ, **OPTIONS[name], "LD_PRELOAD": runtime, "PYTHONPATH": str(package)}
+    # libstdc++ too: the sanitizer must find __cxa_throw before Python loads the core.
+    preload = " ".join(_runtime_library(library) for library in (RUNTIMES[name], "libstdc++.so"))
+    return {**os.environ, **OPTIONS[name], "LD_PRELOAD": preload, "PYTHONPATH": str(package)}
+
+
+def _runtime_library(name: str) -> str:
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def suites() -> list[str]:

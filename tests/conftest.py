@@ -11,9 +11,10 @@ from fastembed._native import core
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512vnni")
 
 # Timing on a shared machine says nothing about correctness: no deadlines. Derandomised, so that a red run can be
-# repeated; `pytest --hypothesis-profile=explore` looks further.
+# repeated; `pytest --hypothesis-profile=explore` looks further, `quick` serves slow builds of the core.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 settings.register_profile("default", derandomize=True, max_examples=40, **_common)
+settings.register_profile("quick", derandomize=True, max_examples=4, **_common)
 settings.register_profile("explore", max_examples=1000, **_common)
 settings.load_profile("default")
 

@@ -42,6 +42,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-ma
 AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq"]
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": AVX512VNNI}
 
+# The C++ halves of fastembed._cuda; its kernels are the *.cu files.
+CUDA_BINDINGS = "bindings_cuda.cpp"
 DEFAULT_CUDA_ARCHS = "80;90;100"
 
 
@@ -66,8 +68,7 @@ def find_nvcc() -> str | None:
 
 
 def core_sources() -> list[Path]:
-    sources = sorted(CSRC.rglob("*.cpp"))
-    sources.remove(CSRC / "bindings_cuda.cpp")
+    sources = sorted(s for s in CSRC.rglob("*.cpp") if s.name != CUDA_BINDINGS)
     return [s for s in sources if isa_level(s) is None or is_x86_64()]
 
 
@@ -136,7 +137,7 @@ class BuildCore(build_ext):
         )
         nvcc_flags = f"-std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC}"
         ninja_file.rule("nvcc", f"{nvcc} {nvcc_flags} {gencode} -MD -MF $out.d -c $in -o $out", depfile=True)
-        objects = [self.compile(ninja_file, directory, CSRC / "bindings_cuda.cpp")]
+        objects = [self.compile(ninja_file, directory, source) for source in sorted(CSRC.rglob(CUDA_BINDINGS))]
         for source in sorted(CSRC.rglob("*.cu")):
             objects.append(directory / source.relative_to(CSRC).with_suffix(".cu.o"))
             ninja_file.build(objects[-1], "nvcc", [source])

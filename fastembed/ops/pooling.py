@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._native import core, num_threads
 from ..reference import pooling as reference
+from ._cuda import current_stream
 from ._registry import Op
 
 MODES = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len", "weightedmean")
@@ -235,43 +237,84 @@ def _pool_exits_cpu(
     normalize: bool,
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
+    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
+    core.pool_exits(*call.arguments, num_threads())
+    return call.outputs
+
+
+def _pool_exits_cuda(
+    hidden_states: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    dims: list[list[int]],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
+    _, sequences, tokens, *_ = call.arguments
     first = hidden_states[0]
-    mask = offsets = None
-    if cu_seqlens is not None:
-        sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
-        offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
-    else:
-        sequences, tokens = first.shape[:2]
-        if attention_mask is not None:
-            if attention_mask.dtype not in _MASK_BITS:
-                attention_mask = attention_mask.to(torch.float32)
-            size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
-            row_stride, token_stride = attention_mask.stride()
-            mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
-    exits = []
-    outputs = []
-    readable = [_with_contiguous_features(hidden) for hidden in hidden_states]  # kept alive during the call
-    for hidden, exit_dims in zip(readable, dims, strict=True):
-        prefixes = []
-        for dim in exit_dims:
-            output = first.new_empty((sequences, dim), dtype=out_dtype)
-            outputs.append(output)
-            prefixes.append((dim, output.data_ptr()))
-        sequence_stride = 0 if cu_seqlens is not None else hidden.stride(0)
-        exits.append((hidden.data_ptr(), sequence_stride, hidden.stride(-2), prefixes))
-    core.pool_exits(
-        exits,
-        sequences,
-        tokens,
-        mask,
-        offsets,
-        MODES.index(mode),
-        _DTYPE_CODES[first.dtype],
-        _DTYPE_CODES[out_dtype],
-        normalize,
-        num_threads(),
+    floats = _native.cuda.pool_exits_workspace(
+        len(hidden_states), max(map(max, dims)), sequences, tokens, cu_seqlens is not None
     )
-    return outputs
+    with current_stream(first.device) as stream:
+        workspace = first.new_empty(floats, dtype=torch.float32)
+        _native.cuda.pool_exits(*call.arguments, workspace.data_ptr(), stream)
+    return call.outputs
+
+
+class _NativeCall:
+    """The outputs of a call and the arguments that both compiled modules take (csrc/pooling/arguments.hpp).
+
+    Keeps what the arguments point to alive.
+    """
+
+    def __init__(
+        self,
+        hidden_states: list[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mode: str,
+        dims: list[list[int]],
+        normalize: bool,
+        out_dtype: torch.dtype,
+    ) -> None:
+        first = hidden_states[0]
+        mask = offsets = None
+        if cu_seqlens is not None:
+            sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
+            offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
+        else:
+            sequences, tokens = first.shape[:2]
+            if attention_mask is not None:
+                if attention_mask.dtype not in _MASK_BITS:
+                    attention_mask = attention_mask.to(torch.float32)
+                size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
+                row_stride, token_stride = attention_mask.stride()
+                mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
+        readable = [_with_contiguous_features(hidden) for hidden in hidden_states]
+        self._alive = (readable, attention_mask)
+        self.outputs: list[Tensor] = []
+        exits = []
+        for hidden, exit_dims in zip(readable, dims, strict=True):
+            prefixes = []
+            for dim in exit_dims:
+                output = first.new_empty((sequences, dim), dtype=out_dtype)
+                self.outputs.append(output)
+                prefixes.append((dim, output.data_ptr()))
+            sequence_stride = 0 if cu_seqlens is not None else hidden.stride(0)
+            exits.append((hidden.data_ptr(), sequence_stride, hidden.stride(-2), prefixes))
+        self.arguments = (
+            exits,
+            sequences,
+            tokens,
+            mask,
+            offsets,
+            MODES.index(mode),
+            _DTYPE_CODES[first.dtype],
+            _DTYPE_CODES[out_dtype],
+            normalize,
+        )
 
 
 def _with_contiguous_features(hidden: Tensor) -> Tensor:
@@ -333,6 +376,7 @@ _pool_exits = Op(
     implementations={
         "reference": _implementation(reference.pool_exits),
         "cpu": _implementation(_pool_exits_cpu),
+        "cuda": _implementation(_pool_exits_cuda),
         "triton": _implementation(_pool_exits_triton),
     },
     fake=_fake,

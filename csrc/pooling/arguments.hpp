@@ -1,0 +1,67 @@
+// The arguments of pool_exits as Python passes them, for the CPU's and the CUDA module's bindings.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "pooling/pooling.hpp"
+
+namespace fastembed::pooling {
+
+using Address = uintptr_t;
+// (address, sequence stride, token stride, element size, bits of one, bits of negative zero); strides in elements.
+using MaskTuple = std::tuple<Address, int64_t, int64_t, int64_t, uint64_t, uint64_t>;
+// (address, stride, is int64)
+using OffsetsTuple = std::tuple<Address, int64_t, bool>;
+// (dim, address of its output)
+using PrefixTuples = std::vector<std::pair<int64_t, Address>>;
+// (address, sequence stride, token stride, prefixes)
+using ExitTuple = std::tuple<Address, int64_t, int64_t, PrefixTuples>;
+
+inline std::vector<Exit> to_exits(const std::vector<ExitTuple>& tuples) {
+  std::vector<Exit> exits;
+  exits.reserve(tuples.size());
+  for (const auto& [data, sequence_stride, token_stride, prefix_tuples] : tuples) {
+    std::vector<Prefix> prefixes;
+    prefixes.reserve(prefix_tuples.size());
+    for (const auto& [dim, out] : prefix_tuples) prefixes.push_back({dim, reinterpret_cast<void*>(out)});
+    exits.push_back({reinterpret_cast<const void*>(data), sequence_stride, token_stride, std::move(prefixes)});
+  }
+  return exits;
+}
+
+// A Batch together with what it points to.
+class OwnedBatch {
+ public:
+  OwnedBatch(int64_t sequences, int64_t tokens, const std::optional<MaskTuple>& mask,
+             const std::optional<OffsetsTuple>& offsets)
+      : batch_{sequences, tokens, nullptr, nullptr} {
+    if (mask) {
+      const auto& [data, sequence_stride, token_stride, element_size, one, negative_zero] = *mask;
+      mask_ = {reinterpret_cast<const void*>(data), sequence_stride, token_stride, element_size, one, negative_zero};
+      batch_.mask = &mask_;
+    }
+    if (offsets) {
+      const auto& [data, stride, is_int64] = *offsets;
+      offsets_ = {reinterpret_cast<const void*>(data), stride, is_int64};
+      batch_.offsets = &offsets_;
+    }
+  }
+  OwnedBatch(const OwnedBatch&) = delete;
+  OwnedBatch& operator=(const OwnedBatch&) = delete;
+
+  const Batch& get() const { return batch_; }
+
+ private:
+  Mask mask_{};
+  Offsets offsets_{};
+  Batch batch_;
+};
+
+}  // namespace fastembed::pooling

@@ -1,0 +1,12 @@
+"""Runs the CUDA kernels on the CPU: the very .cu files, compiled by g++ against a small model of the execution model.
+
+    pytest tests/cuda_on_cpu              values in three thread orders, a sanitized selection, the harness's own tests
+    pytest tests/cuda_on_cpu -m slow      everything under AddressSanitizer + UBSan and under ThreadSanitizer
+
+`rewriter.py` turns the CUDA syntax into C++, `shim/` is the simulated machine (machine.hpp says what it models and
+reports), `build.py` compiles both into a module that takes the place of `fastembed._cuda`.
+
+A new family needs nothing here but its tests, unless it uses PTX. PTX stays in headers of csrc/common that hold nothing
+else, and `shim/common/` has a header of the same name with the same functions, written for the simulated machine; it
+stands first on the include path.
+"""

@@ -1,0 +1,39 @@
+// Stand-ins for the parts of the CUDA runtime that the launchers call.
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "machine.hpp"
+
+namespace {
+
+// The message of the error that cudaGetLastError returned last.
+std::string& reported() {
+  static std::string message;
+  return message;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaPeekAtLastError() {
+  reported() = cuda_on_cpu::last_error();
+  return reported().empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = cudaPeekAtLastError();
+  cuda_on_cpu::last_error().clear();
+  return error;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? reported().c_str() : "no error";
+}
+}

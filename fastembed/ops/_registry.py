@@ -54,14 +54,17 @@ class Op:
         self.overload = getattr(torch.ops.fastembed, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        if _is_plain_eager(args):
-            return self.run(*args)
+        tensors = _tensors(args)
+        if _is_plain_eager(tensors):
+            return self._implementation_for(tensors[0])(*args)
         return self.overload(*args)
 
     def run(self, *args: Any) -> Any:
         """Run the implementation that backend choice, device and dtype select."""
-        first = next(iter(_tensors(args)))
-        return self._implementations[self._choose(first.device.type, first.dtype)](*args)
+        return self._implementation_for(_tensors(args)[0])(*args)
+
+    def _implementation_for(self, first: torch.Tensor) -> Implementation:
+        return self._implementations[self._choose(first.device.type, first.dtype)]
 
     def _choose(self, device: str, dtype: torch.dtype) -> str:
         forced = backends.forced_backend()
@@ -96,23 +99,26 @@ def _device_problem(backend: str, device: str) -> str | None:
     return None
 
 
-def _is_plain_eager(args: Iterable[Any]) -> bool:
+def _is_plain_eager(tensors: Iterable[Any]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad_enabled = torch.is_grad_enabled()
-    return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not tensor.is_meta
-        and not (grad_enabled and tensor.requires_grad)
-        for tensor in _tensors(args)
-    )
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+        if tensor.is_meta or (grad_enabled and tensor.requires_grad):
+            return False
+    return True
 
 
-def _tensors(args: Iterable[Any]) -> Iterable[Any]:
+def _tensors(args: Iterable[Any]) -> list[Any]:
+    """The tensors among the arguments and in the lists among them."""
+    found = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
-            yield from arg
+            found += arg
+    return found

@@ -70,43 +70,21 @@ def pool_exits(
     out_dtype = _check_out_dtype(out_dtype, exits[0].dtype)
     flat_dims = [dim for dims_of_exit in exit_dims for dim in dims_of_exit]
     dims_per_exit = [len(dims_of_exit) for dims_of_exit in exit_dims]
-    outputs = iter(
-        _pool_exits(exits, attention_mask, cu_seqlens, mode, flat_dims, dims_per_exit, bool(normalize), out_dtype)
-    )
-    return [{dim: next(outputs) for dim in dims_of_exit} for dims_of_exit in exit_dims]
+    outputs = _pool_exits(exits, attention_mask, cu_seqlens, mode, flat_dims, dims_per_exit, bool(normalize), out_dtype)
+    remaining = iter(outputs)
+    return [{dim: next(remaining) for dim in dims_of_exit} for dims_of_exit in exit_dims]
 
 
 def _check_hidden_states(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
     """The exits as [B, T, D], or as [N, D] when packed."""
-    if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
+    if not isinstance(hidden_states, (list, tuple)):
         raise TypeError(f"hidden_states must be a list of tensors, one per exit, got {type(hidden_states).__name__}")
     if not hidden_states:
         raise ValueError("hidden_states must hold at least one exit, got an empty list")
-    exits = []
-    for position, hidden in enumerate(hidden_states):
-        if not isinstance(hidden, Tensor):
-            raise TypeError(f"hidden_states[{position}] must be a tensor, got {type(hidden).__name__}")
-        if hidden.dtype not in _DTYPES or hidden.layout != torch.strided:
-            raise TypeError(
-                f"hidden_states[{position}] must be dense float32, bfloat16, float16 or float64, "
-                f"got {hidden.dtype} {hidden.layout}"
-            )
-        if cu_seqlens is None:
-            if hidden.dim() != 3:
-                raise ValueError(
-                    f"hidden_states[{position}] must be [B, T, D] (packed [N, D] goes with cu_seqlens), "
-                    f"got shape {tuple(hidden.shape)}"
-                )
-        elif hidden.dim() == 3 and hidden.shape[0] == 1:
-            hidden = hidden[0]
-        elif hidden.dim() != 2:
-            raise ValueError(
-                f"hidden_states[{position}] must be [N, D] or [1, N, D] when cu_seqlens is given, "
-                f"got shape {tuple(hidden.shape)}"
-            )
-        exits.append(hidden)
+    exits = [_check_exit(hidden, position, cu_seqlens is not None) for position, hidden in enumerate(hidden_states)]
     first = exits[0]
-    for position, hidden in enumerate(exits):
+    for position in range(1, len(exits)):
+        hidden = exits[position]
         if hidden.dtype != first.dtype or hidden.device != first.device:
             raise TypeError(
                 f"hidden_states must share dtype and device: hidden_states[0] is {first.dtype} on {first.device}, "
@@ -118,6 +96,25 @@ def _check_hidden_states(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | N
                 f"hidden_states[{position}] has {tuple(hidden.shape)}"
             )
     return exits
+
+
+def _check_exit(hidden: Tensor, position: int, packed: bool) -> Tensor:
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden_states[{position}] must be a tensor, got {type(hidden).__name__}")
+    if hidden.dtype not in _DTYPES or hidden.layout != torch.strided:
+        raise TypeError(
+            f"hidden_states[{position}] must be dense float32, bfloat16, float16 or float64, "
+            f"got {hidden.dtype} {hidden.layout}"
+        )
+    rank = hidden.dim()
+    if packed and rank == 3 and hidden.shape[0] == 1:
+        return hidden[0]
+    if rank != (2 if packed else 3):
+        expected = (
+            "[N, D] or [1, N, D] when cu_seqlens is given" if packed else "[B, T, D] (or packed, with cu_seqlens)"
+        )
+        raise ValueError(f"hidden_states[{position}] must be {expected}, got shape {tuple(hidden.shape)}")
+    return hidden
 
 
 def _check_tokens(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -153,30 +150,28 @@ def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
 def _check_dims(dims: Sequence[int] | Sequence[Sequence[int]] | None, exits: list[Tensor]) -> list[list[int]]:
     """One list per exit, repeats removed."""
     if dims is None:
-        per_exit: list[Any] = [[hidden.shape[-1]] for hidden in exits]
-    elif not isinstance(dims, Sequence):
+        return [_check_dims_of_exit([hidden.shape[-1]], position, hidden) for position, hidden in enumerate(exits)]
+    if not isinstance(dims, (list, tuple)):
         raise TypeError(f"dims must be a list of ints, or one such list per exit, got {type(dims).__name__}")
-    elif dims and isinstance(dims[0], Sequence):
-        per_exit = list(dims)
-        if len(per_exit) != len(exits):
-            raise ValueError(f"dims must have one list per exit: got {len(per_exit)} lists for {len(exits)} exits")
-    else:
-        per_exit = [dims] * len(exits)
-    checked = []
-    for position, (dims_of_exit, hidden) in enumerate(zip(per_exit, exits, strict=True)):
-        if not isinstance(dims_of_exit, Sequence) or isinstance(dims_of_exit, str):
-            raise TypeError(f"dims must be all ints or all lists of ints, got {dims!r}")
-        if not dims_of_exit:
-            raise ValueError(f"dims must name at least one dim for exit {position}, got none")
-        for dim in dims_of_exit:
-            if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
-                raise TypeError(f"dims must be ints, got {dim!r} for exit {position}")
-            if not 1 <= dim <= hidden.shape[-1]:
-                raise ValueError(
-                    f"dims of exit {position} must lie between 1 and its hidden size {hidden.shape[-1]}, got {dim}"
-                )
-        checked.append(list(dict.fromkeys(dims_of_exit)))
-    return checked
+    if not dims or not isinstance(dims[0], (list, tuple)):
+        return [_check_dims_of_exit(dims, position, hidden) for position, hidden in enumerate(exits)]
+    if len(dims) != len(exits):
+        raise ValueError(f"dims must have one list per exit: got {len(dims)} lists for {len(exits)} exits")
+    return [_check_dims_of_exit(dims[position], position, hidden) for position, hidden in enumerate(exits)]
+
+
+def _check_dims_of_exit(dims: Any, position: int, hidden: Tensor) -> list[int]:
+    if not isinstance(dims, (list, tuple)):
+        raise TypeError(f"dims must be all ints or all lists of ints, got {dims!r} for exit {position}")
+    if not dims:
+        raise ValueError(f"dims must name at least one dim for exit {position}, got none")
+    size = hidden.shape[-1]
+    for dim in dims:
+        if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
+            raise TypeError(f"dims must be ints, got {dim!r} for exit {position}")
+        if not 1 <= dim <= size:
+            raise ValueError(f"dims of exit {position} must lie between 1 and its hidden size {size}, got {dim}")
+    return list(dict.fromkeys(dims))
 
 
 def _check_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
@@ -190,8 +185,12 @@ def _check_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch
 
 
 def _by_exit(dims: list[int], dims_per_exit: list[int]) -> list[list[int]]:
-    remaining = iter(dims)
-    return [[next(remaining) for _ in range(count)] for count in dims_per_exit]
+    nested = []
+    begin = 0
+    for count in dims_per_exit:
+        nested.append(dims[begin : begin + count])
+        begin += count
+    return nested
 
 
 def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
@@ -285,7 +284,7 @@ class _NativeCall:
             sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
             offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
         else:
-            sequences, tokens = first.shape[:2]
+            sequences, tokens, _ = first.shape
             if attention_mask is not None:
                 if attention_mask.dtype not in _MASK_BITS:
                     attention_mask = attention_mask.to(torch.float32)

@@ -58,6 +58,16 @@ struct Kernels {
   void (*scan_levels)(const Block& block, int bits, int64_t dim, const QueryGroup& queries);
 };
 
-extern const Kernels generic_kernels;
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512vnni {
+extern const Kernels kernels;
+}
+#endif
 
 }  // namespace fastembed::search

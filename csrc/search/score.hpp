@@ -1,4 +1,4 @@
-// The order of SDC scores as 32-bit keys, smaller for a larger score. Included by files of every instruction set.
+// Small scalar helpers of the kernels. Included by files of every instruction set.
 #pragma once
 
 #include <cstdint>

@@ -18,7 +18,11 @@
 namespace fastembed::search {
 namespace {
 
-constexpr KernelsByIsa<Kernels> kernels = {{&generic_kernels, nullptr, nullptr, nullptr}};
+#if defined(__x86_64__)
+constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, &avx2::kernels, nullptr, &avx512vnni::kernels}};
+#else
+constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, nullptr, nullptr, nullptr}};
+#endif
 
 // Packed codes that a block holds: they and the queries they meet stay in the first-level cache.
 constexpr int64_t block_bytes = 16 << 10;
@@ -153,7 +157,7 @@ void hamming_topk(const Matrix& queries, const Matrix& codes, int64_t k, int32_t
   const int64_t rows = block_rows(words * 8, isa.bit_lanes);
   Buffer<uint64_t> blocks(plan.workers * rows * words);
   Buffer<uint64_t> packed_queries(queries.rows * words);
-  generic_kernels.pack_hamming(rows_of(queries, 0, queries.rows), packed_queries.at(0));
+  generic::kernels.pack_hamming(rows_of(queries, 0, queries.rows), packed_queries.at(0));
 
   const auto scan = [&](int64_t first_query, int64_t query_count, int64_t first_code, int64_t code_count,
                         Candidates* candidates, int64_t worker) {
@@ -193,9 +197,9 @@ void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, int64_t dim, int
 
   const Rows query_rows = rows_of(queries.codes, 0, queries.codes.rows);
   if (planes) {
-    generic_kernels.pack_planes(query_rows, bits, reinterpret_cast<uint64_t*>(packed_queries.at(0)));
+    generic::kernels.pack_planes(query_rows, bits, reinterpret_cast<uint64_t*>(packed_queries.at(0)));
   } else {
-    generic_kernels.pack_levels(query_rows, bits, dim, packed_queries.at(0));
+    generic::kernels.pack_levels(query_rows, bits, dim, packed_queries.at(0));
     for (int64_t row = 0; row < queries.codes.rows; ++row) {
       uint8_t* const level = packed_queries.at(row * padded_dim);
       for (int64_t d = 0; d < dim; ++d) level[d] = static_cast<uint8_t>(2 * level[d] - ((1 << bits) - 1));

@@ -1,8 +1,18 @@
-#include "search/bit_kernels.hpp"
-#include "search/level_kernels.hpp"
+#include "search/kernels.hpp"
+#include "search/score.hpp"
 
-namespace fastembed::search {
+namespace fastembed::search::generic {
 namespace {
+
+#include "search/bit_kernels.inl"
+#include "search/level_kernels.inl"
+
+// Up to 8 bytes, the rest zero.
+inline uint64_t load_word(const uint8_t* bytes, int64_t count) {
+  uint64_t word = 0;
+  __builtin_memcpy(&word, bytes, static_cast<unsigned long>(count));
+  return word;
+}
 
 struct Word64 {
   using Word = uint64_t;
@@ -14,21 +24,25 @@ struct Word64 {
   static void store(uint64_t* p, Word a) { *p = a; }
   static Word broadcast(const uint64_t* p) { return *p; }
   static Word add(Word a, Word b) { return a + b; }
-  static Word complement(Word a) { return ~a; }
   static Word exclusive_or(Word a, Word b) { return a ^ b; }
   static Word exclusive_or(Word a, Word b, Word c) { return a ^ b ^ c; }
   static Word xor_of_and(Word a, Word b, Word c) { return a ^ (b & c); }
   static Word xor_of_or(Word a, Word b, Word c) { return a ^ (b | c); }
-  static Word select(Word which, Word a, Word b) { return b ^ (which & (a ^ b)); }
+  static Word carry(Word sum, Word differ, Word first) { return (differ & ~sum) | (~differ & first); }
   static Word majority(Word a, Word b, Word c) { return (a & b) | (c & (a | b)); }
-  // Carry of a + b + x, where sum = a ^ b ^ x.
-  static Word carry_of_sums(Word sum, Word a, Word b) { return select(a ^ b, ~sum, a); }
+  static Word carry_of_sums(Word sum, Word a, Word b) { return carry(sum, a ^ b, a); }
 
   static Word popcount(Word a) {
     a -= a >> 1 & 0x5555555555555555;
     a = (a & 0x3333333333333333) + (a >> 2 & 0x3333333333333333);
     a = (a + (a >> 4)) & 0x0f0f0f0f0f0f0f0f;
     return a * 0x0101010101010101 >> 56;
+  }
+
+  static void gather(const uint8_t* row, int64_t, int64_t, int64_t bytes, uint64_t* block, int64_t step) {
+    for (int64_t done = 0; done < bytes; done += 8, block += step) {
+      *block = load_word(row + done, bytes - done < 8 ? bytes - done : 8);
+    }
   }
 
   static uint32_t below(Word counts, uint32_t limit) { return counts < limit; }
@@ -80,9 +94,9 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 
 }  // namespace
 
-const Kernels generic_kernels = {
+const Kernels kernels = {
     Bits::lanes,       Levels::lanes,     scan_rows,           Bits::pack_hamming,  Bits::scan_hamming,
     Bits::pack_planes, Bits::scan_planes, Levels::pack_levels, Levels::scan_levels,
 };
 
-}  // namespace fastembed::search
+}  // namespace fastembed::search::generic

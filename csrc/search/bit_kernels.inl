@@ -1,5 +1,5 @@
-// The popcount kernels, written once over a vector type `V` of 64-bit lanes. Each instruction-set file defines its own
-// V in an anonymous namespace and instantiates `BitKernels<V>`; nothing here may be instantiated with a shared type.
+// The popcount kernels, written once over a vector type `V` of 64-bit lanes. Each instruction-set file includes this in
+// an anonymous namespace of its level, after search/kernels.hpp and search/score.hpp, and instantiates BitKernels.
 //
 // Hamming. Popcounts cost more than logic, so seven words are first added bit by bit with full adders (Harley-Seal:
 // Mula, Kurz, Lemire, "Faster Population Counts Using AVX2 Instructions", 2018), leaving three popcounts of weights 1,
@@ -15,19 +15,6 @@
 //     v = |S ^ (b & b')| + 3 |S ^ (b | b')| + 5 |S|
 //
 // so three popcounts do instead of the four of plane by plane. Zero padding adds nothing to v.
-#pragma once
-
-#include "search/kernels.hpp"
-#include "search/score.hpp"
-
-namespace fastembed::search {
-namespace {
-
-inline uint64_t load_word(const uint8_t* bytes, int64_t count) {
-  uint64_t word = 0;
-  __builtin_memcpy(&word, bytes, static_cast<unsigned long>(count));
-  return word;
-}
 
 template <class V>
 struct BitKernels {
@@ -35,24 +22,14 @@ struct BitKernels {
   static constexpr int64_t lanes = V::lanes;
   static constexpr int64_t group = V::query_group;
 
-  static Word carry(Word sum, Word differ, Word first) { return V::select(differ, V::complement(sum), first); }
-
   // ---- packing ----
 
-  // Word w of `lanes` rows starting at `row`, zeros beyond the last row; `offset` is where the plane starts in a row.
+  // The words of up to `lanes` rows from `row` on, side by side: word w goes to block + w * step * lanes. Lanes without
+  // a row get zeros. `offset` and `bytes` say which part of a row.
   static void gather(const Rows& codes, int64_t row, int64_t offset, int64_t bytes, uint64_t* block, int64_t step) {
-    const int64_t words = words_of(bytes);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const uint8_t* source = codes.data + (row + lane) * codes.stride + offset;
-      for (int64_t w = 0; w < words; ++w) {
-        uint64_t* const word = block + w * step * lanes + lane;
-        if (row + lane >= codes.count) {
-          *word = 0;
-        } else {
-          *word = w * 8 + 8 <= bytes ? load_word(source + w * 8, 8) : load_word(source + w * 8, bytes - w * 8);
-        }
-      }
-    }
+    const uint8_t* const source = codes.data + row * codes.stride + offset;
+    const int64_t rows = codes.count - row < lanes ? codes.count - row : lanes;
+    V::gather(source, codes.stride, rows, bytes, block, step * lanes);
   }
 
   static void precode_three(uint64_t* words) {
@@ -107,11 +84,11 @@ struct BitKernels {
       for (int j = 0; j < n; ++j) {
         const uint64_t* const q = query[j] + w;
         const Word sum0 = V::exclusive_or(V::load(code), V::broadcast(q));
-        const Word carry0 = carry(sum0, V::exclusive_or(V::load(code + lanes), V::broadcast(q + 1)),
-                                  V::exclusive_or(V::load(code + 2 * lanes), V::broadcast(q + 2)));
+        const Word carry0 = V::carry(sum0, V::exclusive_or(V::load(code + lanes), V::broadcast(q + 1)),
+                                     V::exclusive_or(V::load(code + 2 * lanes), V::broadcast(q + 2)));
         const Word sum1 = V::exclusive_or(V::load(code + 3 * lanes), V::broadcast(q + 3));
-        const Word carry1 = carry(sum1, V::exclusive_or(V::load(code + 4 * lanes), V::broadcast(q + 4)),
-                                  V::exclusive_or(V::load(code + 5 * lanes), V::broadcast(q + 5)));
+        const Word carry1 = V::carry(sum1, V::exclusive_or(V::load(code + 4 * lanes), V::broadcast(q + 4)),
+                                     V::exclusive_or(V::load(code + 5 * lanes), V::broadcast(q + 5)));
         const Word sum = V::exclusive_or(V::load(code + 6 * lanes), V::broadcast(q + 6));
         const Word carry2 = V::carry_of_sums(sum, sum0, sum1);
         ones[j] = V::add(ones[j], V::popcount(sum));
@@ -124,8 +101,8 @@ struct BitKernels {
       for (int j = 0; j < n; ++j) {
         const uint64_t* const q = query[j] + w;
         const Word sum = V::exclusive_or(V::load(code), V::broadcast(q));
-        const Word over = carry(sum, V::exclusive_or(V::load(code + lanes), V::broadcast(q + 1)),
-                                V::exclusive_or(V::load(code + 2 * lanes), V::broadcast(q + 2)));
+        const Word over = V::carry(sum, V::exclusive_or(V::load(code + lanes), V::broadcast(q + 1)),
+                                   V::exclusive_or(V::load(code + 2 * lanes), V::broadcast(q + 2)));
         ones[j] = V::add(ones[j], V::popcount(sum));
         twos[j] = V::add(twos[j], V::popcount(over));
       }
@@ -232,6 +209,3 @@ struct BitKernels {
     scan(block, words, queries, two_bit_sums, hits);
   }
 };
-
-}  // namespace
-}  // namespace fastembed::search

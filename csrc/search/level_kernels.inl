@@ -4,13 +4,6 @@
 // Codes c are unsigned, the queries' levels v' signed bytes (|v'| <= 15), as the byte dot products of every instruction
 // set want them; with m = 2^bits - 1 the dot product of the levels is  sum (2c - m) v' = 2 sum c v' - m sum v'.
 //
-#pragma once
-
-#include "search/kernels.hpp"
-#include "search/score.hpp"
-
-namespace fastembed::search {
-namespace {
 
 template <class V>
 struct LevelKernels {
@@ -77,6 +70,3 @@ struct LevelKernels {
     for (; first < queries.count; ++first) scan_group<1>(block, bits, dim, queries, first);
   }
 };
-
-}  // namespace
-}  // namespace fastembed::search

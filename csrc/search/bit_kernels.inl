@@ -177,14 +177,8 @@ struct BitKernels {
       Candidates& candidates = queries.candidates[query];
       uint32_t below = V::below(distances, candidates.limit);
       if (__builtin_expect(below == 0, 1)) return;
-      uint64_t distance[lanes];
-      V::store(distance, distances);
-      for (; below != 0; below &= below - 1) {
-        const int lane = __builtin_ctz(below);
-        if (row + lane >= block.count || distance[lane] >= candidates.limit) continue;
-        add_candidate(candidates, static_cast<uint32_t>(distance[lane]),
-                      block.first_id + static_cast<uint32_t>(row + lane));
-      }
+      if (block.count - row < lanes) below &= (1u << (block.count - row)) - 1;
+      V::add_lanes(candidates, below, distances, block.first_id + static_cast<uint32_t>(row));
     });
   }
 
@@ -197,9 +191,7 @@ struct BitKernels {
                                        queries.inverse_norms[query], score_of_key(candidates.limit), score);
       for (; above != 0; above &= above - 1) {
         const int lane = __builtin_ctz(above);
-        const uint32_t key = key_of_score(score[lane]);
-        if (key >= candidates.limit) continue;
-        add_candidate(candidates, key, block.first_id + static_cast<uint32_t>(row + lane));
+        add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
       }
     };
     if (bits == 1) return scan(block, words, queries, hamming_sums(words), hits);

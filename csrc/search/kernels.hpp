@@ -21,6 +21,15 @@ struct Rows {
 // 64-bit words of a bit plane; its last word is padded with zeros.
 constexpr int64_t words_of(int64_t bytes) { return (bytes + 7) / 8; }
 
+// Packed words of 3-bit and 4-bit codes: 8 dimensions each, 32 together.
+constexpr int64_t level_words(int64_t plane_bytes) { return (plane_bytes + 3) / 4 * 4; }
+
+// The dimension that level `index` of a packed query belongs to; beyond the last one the level is 0.
+constexpr int64_t dim_of_level(int64_t index) {
+  const int64_t word = index / 32, s = index / 8 % 4, half = index / 4 % 2, byte = index % 4;
+  return word * 32 + byte * 8 + 7 - (s + 4 * half);
+}
+
 struct Block {
   const void* data;            // as `pack_*` of the same table left it
   int64_t count;               // codes in it
@@ -34,6 +43,7 @@ struct QueryGroup {
   int64_t count;
   Candidates* candidates;
   const float* inverse_norms;  // SDC only
+  const int32_t* level_sums;   // SDC with 3 or 4 bits only: the sum of the levels of each query
 };
 
 struct Kernels {
@@ -52,10 +62,10 @@ struct Kernels {
   void (*pack_planes)(const Rows& codes, int bits, uint64_t* block);
   void (*scan_planes)(const Block& block, int64_t words, int bits, int64_t dim, const QueryGroup& queries);
 
-  // SDC with 3 or 4 bits: integer dot products of the codes c (unsigned bytes) with the levels 2c - (2^bits - 1) of the
-  // queries (signed bytes), both padded with zeros to a multiple of 4 dims.
-  void (*pack_levels)(const Rows& codes, int bits, int64_t dim, uint8_t* block);
-  void (*scan_levels)(const Block& block, int bits, int64_t dim, const QueryGroup& queries);
+  // SDC with 3 or 4 bits: dot products of the codes with the levels of the queries, level_words(bytes / bits) packed
+  // words of 8 dimensions per code.
+  void (*pack_levels)(const Rows& codes, int bits, uint32_t* block);
+  void (*scan_levels)(const Block& block, int64_t words, int bits, const QueryGroup& queries);
 };
 
 namespace generic {

@@ -1,72 +1,87 @@
 // SDC with 3 or 4 bits: dot products of bytes, written once over a vector type `V` of 32-bit lanes, under the same
-// rules as bit_kernels.hpp.
+// rules as bit_kernels.inl.
 //
 // Codes c are unsigned, the queries' levels v' signed bytes (|v'| <= 15), as the byte dot products of every instruction
 // set want them; with m = 2^bits - 1 the dot product of the levels is  sum (2c - m) v' = 2 sum c v' - m sum v'.
 //
+// A packed block holds two c to a byte. Bit p of a 32-bit word of a plane belongs to byte p / 8 of the word; a packed
+// word s = 0..3 has, in each byte, the c of bit s in its low half and the c of bit s + 4 in its high half. So every
+// plane is shifted once per packed word, all its bytes together, and masks merge the planes. Levels of queries stand in
+// that order of dimensions (`dim_of_level`).
 
 template <class V>
 struct LevelKernels {
-  using Sums = typename V::Sums;
+  using Word = typename V::Word;
   static constexpr int64_t lanes = V::lanes;
   static constexpr int64_t group = V::query_group;
+  static constexpr int max_planes = 4;
 
-  static void pack_levels(const Rows& codes, int bits, int64_t dim, uint8_t* block) {
+  // Plane t of the code as bit 3 - t of each half byte, for all lanes; `planes` has zeros where the code has no plane.
+  template <int s>
+  static Word merge(const Word (&planes)[max_planes]) {
+    const Word high = V::select(0x88888888, V::template shift<3 - s>(planes[0]), V::template shift<2 - s>(planes[1]));
+    const Word low = V::select(0x22222222, V::template shift<1 - s>(planes[2]), V::template shift<-s>(planes[3]));
+    return V::select(0xcccccccc, high, low);
+  }
+
+  static void pack_levels(const Rows& codes, int bits, uint32_t* block) {
     const int64_t plane_bytes = codes.bytes / bits;
-    const int64_t padded_dim = (dim + 3) / 4 * 4;
-    for (int64_t row = 0; row < codes.count; row += lanes, block += padded_dim * lanes) {
-      __builtin_memset(block, 0, static_cast<unsigned long>(padded_dim * lanes));
-      for (int64_t lane = 0; lane < lanes && row + lane < codes.count; ++lane) {
-        const uint8_t* const source = codes.data + (row + lane) * codes.stride;
-        for (int64_t d = 0; d < dim; ++d) {
-          int c = 0;
-          for (int plane = 0; plane < bits; ++plane) {
-            c = 2 * c + (source[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
-          }
-          block[(d / 4 * lanes + lane) * 4 + d % 4] = static_cast<uint8_t>(c);
+    constexpr int64_t chunk = 64;  // bytes of a plane
+    uint32_t words[max_planes][chunk / 4 * lanes] = {};
+    for (int64_t row = 0; row < codes.count; row += lanes) {
+      const int64_t rows = codes.count - row < lanes ? codes.count - row : lanes;
+      for (int64_t done = 0; done < plane_bytes; done += chunk) {
+        const int64_t bytes = plane_bytes - done < chunk ? plane_bytes - done : chunk;
+        for (int plane = 0; plane < bits; ++plane) {
+          const uint8_t* const source = codes.data + row * codes.stride + plane * plane_bytes + done;
+          V::gather(source, codes.stride, rows, bytes, words[max_planes - bits + plane]);
+        }
+        for (int64_t w = 0; w < (bytes + 3) / 4; ++w, block += 4 * lanes) {
+          Word planes[max_planes];
+          for (int t = 0; t < max_planes; ++t) planes[t] = V::load(words[t] + w * lanes);
+          V::store(block, merge<0>(planes));
+          V::store(block + lanes, merge<1>(planes));
+          V::store(block + 2 * lanes, merge<2>(planes));
+          V::store(block + 3 * lanes, merge<3>(planes));
         }
       }
     }
   }
 
   template <int n>
-  static void scan_group(const Block& block, int bits, int64_t dim, const QueryGroup& queries, int64_t first) {
-    const int64_t padded_dim = (dim + 3) / 4 * 4;
-    const int8_t* const query = static_cast<const int8_t*>(queries.data) + first * padded_dim;
-    int32_t offset[n];
-    for (int j = 0; j < n; ++j) {
-      int32_t sum = 0;
-      for (int64_t d = 0; d < dim; ++d) sum += query[j * padded_dim + d];
-      offset[j] = ((1 << bits) - 1) * sum;
-    }
-    const uint8_t* code = static_cast<const uint8_t*>(block.data);
+  static void scan_group(const Block& block, int64_t words, int bits, const QueryGroup& queries, int64_t first) {
+    const int8_t* const query = static_cast<const int8_t*>(queries.data) + first * words * 8;
+    const uint32_t* code = static_cast<const uint32_t*>(block.data);
     for (int64_t row = 0; row < block.count; row += lanes) {
-      Sums sums[n];
+      Word sums[n];
       for (int j = 0; j < n; ++j) sums[j] = V::zero();
-      for (int64_t d = 0; d < padded_dim; d += 4, code += 4 * lanes) {
-        const auto bytes = V::load(code);
+      for (int64_t w = 0; w < words; ++w, code += lanes) {
+        const Word both = V::load(code);
+        const Word low = V::low_halves(both), high = V::high_halves(both);
 #pragma GCC unroll 8
-        for (int j = 0; j < n; ++j) sums[j] = V::add_dot(sums[j], bytes, query + j * padded_dim + d);
+        for (int j = 0; j < n; ++j) {
+          const int8_t* const levels = query + (j * words + w) * 8;
+          sums[j] = V::add_dot(V::add_dot(sums[j], low, levels), high, levels + 4);
+        }
       }
 #pragma GCC unroll 8
       for (int j = 0; j < n; ++j) {
         Candidates& candidates = queries.candidates[first + j];
+        const int32_t offset = ((1 << bits) - 1) * queries.level_sums[first + j];
         float score[lanes];
-        uint32_t above = V::scores_above(sums[j], offset[j], block.inverse_norms + row, block.count - row,
+        uint32_t above = V::scores_above(sums[j], offset, block.inverse_norms + row, block.count - row,
                                          queries.inverse_norms[first + j], score_of_key(candidates.limit), score);
         for (; above != 0; above &= above - 1) {
           const int lane = __builtin_ctz(above);
-          const uint32_t key = key_of_score(score[lane]);
-          if (key >= candidates.limit) continue;
-          add_candidate(candidates, key, block.first_id + static_cast<uint32_t>(row + lane));
+          add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
         }
       }
     }
   }
 
-  static void scan_levels(const Block& block, int bits, int64_t dim, const QueryGroup& queries) {
+  static void scan_levels(const Block& block, int64_t words, int bits, const QueryGroup& queries) {
     int64_t first = 0;
-    for (; first + group <= queries.count; first += group) scan_group<group>(block, bits, dim, queries, first);
-    for (; first < queries.count; ++first) scan_group<1>(block, bits, dim, queries, first);
+    for (; first + group <= queries.count; first += group) scan_group<group>(block, words, bits, queries, first);
+    for (; first < queries.count; ++first) scan_group<1>(block, words, bits, queries, first);
   }
 };

@@ -28,6 +28,8 @@ constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, nullptr, nullptr,
 constexpr int64_t block_bytes = 16 << 10;
 // Queries that share one packing of the codes, and one read of them from memory.
 constexpr int64_t chunk_queries = 64;
+// Rearranging a block for fewer queries costs more than it gains.
+constexpr int64_t fewest_packed = 4;
 // Below so many codes a slice is not worth a task of its own.
 constexpr int64_t smallest_slice = 4096;
 // Ids within a slice are 32 bits wide.
@@ -75,7 +77,8 @@ struct Plan {
 // query's k best, in order, to `emit(query, rank, key, id)`. Allocates before it starts threads, which must not throw.
 template <class Scan, class Emit>
 void search(const Plan& plan, int64_t k, uint32_t first_limit, const Scan& scan, const Emit& emit) {
-  Buffer<uint64_t> entries(plan.workers * plan.chunk * plan.capacity);
+  const int64_t room = plan.capacity + most_added;
+  Buffer<uint64_t> entries(plan.workers * plan.chunk * room);
   Buffer<Candidates> candidates(plan.workers * plan.chunk);
   Buffer<uint64_t> partial(plan.queries * plan.slices * plan.results);
   std::atomic<int64_t> next{0};
@@ -89,7 +92,7 @@ void search(const Plan& plan, int64_t k, uint32_t first_limit, const Scan& scan,
       const int64_t first_code = slice * plan.slice;
       const int64_t code_count = std::min(plan.slice, plan.codes - first_code);
       for (int64_t i = 0; i < query_count; ++i) {
-        uint64_t* const buffer = entries.at((worker * plan.chunk + i) * plan.capacity);
+        uint64_t* const buffer = entries.at((worker * plan.chunk + i) * room);
         mine[i] = {buffer, 0, plan.capacity, std::min(k, code_count), first_limit};
       }
       scan(first_query, query_count, first_code, code_count, mine, worker);
@@ -146,6 +149,75 @@ void scan_blocks(int64_t first_code, int64_t code_count, int64_t rows, const Pac
   }
 }
 
+// What SDC by bit planes and by levels share. A packed code has `words` words of type Word, a packed query
+// `query_words` of its own type, `lanes` codes stand side by side.
+template <class Word, class QueryWord, class Pack, class ScanBlock>
+void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, int64_t k, float* scores, int64_t* ids, int threads,
+                int64_t words, int64_t lanes, const QueryWord* packed_queries, int64_t query_words,
+                const int32_t* level_sums, const Pack& pack, const ScanBlock& scan_block) {
+  const Plan plan(queries.codes.rows, codes.codes.rows, k, threads);
+  const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
+  Buffer<Word> blocks(plan.workers * rows * words);
+  const auto scan = [&](int64_t first_query, int64_t query_count, int64_t first_code, int64_t code_count,
+                        Candidates* candidates, int64_t worker) {
+    Word* const block = blocks.at(worker * rows * words);
+    const QueryGroup group = {packed_queries + first_query * query_words, query_count, candidates,
+                              queries.inverse_norms + first_query,
+                              level_sums == nullptr ? nullptr : level_sums + first_query};
+    scan_blocks(
+        first_code, code_count, rows,
+        [&](int64_t first, int64_t count) { pack(rows_of(codes.codes, first, count), block); },
+        [&](int64_t first, int64_t count, uint32_t first_id) {
+          scan_block(Block{block, count, first_id, codes.inverse_norms + first}, group);
+        });
+  };
+  const auto emit = [&](int64_t query, int64_t rank, uint32_t key, int64_t id) {
+    scores[query * k + rank] = score_of_key(key);
+    ids[query * k + rank] = id;
+  };
+  search(plan, k, key_of_score(-std::numeric_limits<float>::infinity()), scan, emit);
+}
+
+void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, int64_t dim, int bits, int64_t k, float* scores,
+                   int64_t* ids, int threads) {
+  const Kernels& isa = kernels.active();
+  const int64_t words = bits * words_of(codes.codes.bytes / bits);
+  Buffer<uint64_t> packed_queries(queries.codes.rows * words);
+  generic::kernels.pack_planes(rows_of(queries.codes, 0, queries.codes.rows), bits, packed_queries.at(0));
+  search_sdc<uint64_t>(
+      queries, codes, k, scores, ids, threads, words, isa.bit_lanes, packed_queries.at(0), words, nullptr,
+      [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
+      [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); });
+}
+
+void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, int64_t dim, int bits, int64_t k, float* scores,
+                   int64_t* ids, int threads) {
+  const Kernels& isa = kernels.active();
+  const int64_t plane_bytes = codes.codes.bytes / bits;
+  const int64_t words = level_words(plane_bytes);
+  Buffer<int8_t> levels(queries.codes.rows * words * 8);
+  Buffer<int32_t> level_sums(queries.codes.rows);
+  for (int64_t row = 0; row < queries.codes.rows; ++row) {
+    const uint8_t* const code = queries.codes.data + row * queries.codes.stride;
+    int32_t sum = 0;
+    for (int64_t index = 0; index < words * 8; ++index) {
+      const int64_t d = dim_of_level(index);
+      int c = 0;
+      for (int plane = 0; plane < bits && d < dim; ++plane) {
+        c = 2 * c + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
+      }
+      const int level = d < dim ? 2 * c - ((1 << bits) - 1) : 0;
+      *levels.at(row * words * 8 + index) = static_cast<int8_t>(level);
+      sum += level;
+    }
+    *level_sums.at(row) = sum;
+  }
+  search_sdc<uint32_t>(
+      queries, codes, k, scores, ids, threads, words, isa.level_lanes, levels.at(0), words * 8, level_sums.at(0),
+      [&](const Rows& some, uint32_t* block) { isa.pack_levels(some, bits, block); },
+      [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); });
+}
+
 }  // namespace
 
 void hamming_topk(const Matrix& queries, const Matrix& codes, int64_t k, int32_t* distances, int64_t* ids,
@@ -167,7 +239,7 @@ void hamming_topk(const Matrix& queries, const Matrix& codes, int64_t k, int32_t
       return;
     }
     uint64_t* const block = blocks.at(worker * rows * words);
-    const QueryGroup group = {packed_queries.at(first_query * words), query_count, candidates, nullptr};
+    const QueryGroup group = {packed_queries.at(first_query * words), query_count, candidates, nullptr, nullptr};
     scan_blocks(
         first_code, code_count, rows,
         [&](int64_t first, int64_t count) { isa.pack_hamming(rows_of(codes, first, count), block); },
@@ -185,49 +257,11 @@ void hamming_topk(const Matrix& queries, const Matrix& codes, int64_t k, int32_t
 void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, int64_t dim, int bits, int64_t k, float* scores,
               int64_t* ids, int threads) {
   if (queries.codes.rows == 0) return;
-  const Kernels& isa = kernels.active();
-  const Plan plan(queries.codes.rows, codes.codes.rows, k, threads);
-  const bool planes = bits <= 2;
-  const int64_t words = bits * words_of(codes.codes.bytes / bits);
-  const int64_t padded_dim = ceil_div(dim, 4) * 4;
-  const int64_t packed_bytes = planes ? words * 8 : padded_dim;
-  const int64_t rows = block_rows(packed_bytes, planes ? isa.bit_lanes : isa.level_lanes);
-  Buffer<uint64_t> blocks(plan.workers * rows * ceil_div(packed_bytes, 8));
-  Buffer<uint8_t> packed_queries(queries.codes.rows * packed_bytes);
-
-  const Rows query_rows = rows_of(queries.codes, 0, queries.codes.rows);
-  if (planes) {
-    generic::kernels.pack_planes(query_rows, bits, reinterpret_cast<uint64_t*>(packed_queries.at(0)));
+  if (bits <= 2) {
+    search_planes(queries, codes, dim, bits, k, scores, ids, threads);
   } else {
-    generic::kernels.pack_levels(query_rows, bits, dim, packed_queries.at(0));
-    for (int64_t row = 0; row < queries.codes.rows; ++row) {
-      uint8_t* const level = packed_queries.at(row * padded_dim);
-      for (int64_t d = 0; d < dim; ++d) level[d] = static_cast<uint8_t>(2 * level[d] - ((1 << bits) - 1));
-    }
+    search_levels(queries, codes, dim, bits, k, scores, ids, threads);
   }
-
-  const auto scan = [&](int64_t first_query, int64_t query_count, int64_t first_code, int64_t code_count,
-                        Candidates* candidates, int64_t worker) {
-    uint64_t* const block = blocks.at(worker * rows * ceil_div(packed_bytes, 8));
-    const QueryGroup group = {packed_queries.at(first_query * packed_bytes), query_count, candidates,
-                              queries.inverse_norms + first_query};
-    scan_blocks(
-        first_code, code_count, rows,
-        [&](int64_t first, int64_t count) {
-          const Rows source = rows_of(codes.codes, first, count);
-          planes ? isa.pack_planes(source, bits, block)
-                 : isa.pack_levels(source, bits, dim, reinterpret_cast<uint8_t*>(block));
-        },
-        [&](int64_t first, int64_t count, uint32_t first_id) {
-          const Block packed = {block, count, first_id, codes.inverse_norms + first};
-          planes ? isa.scan_planes(packed, words, bits, dim, group) : isa.scan_levels(packed, bits, dim, group);
-        });
-  };
-  const auto emit = [&](int64_t query, int64_t rank, uint32_t key, int64_t id) {
-    scores[query * k + rank] = score_of_key(key);
-    ids[query * k + rank] = id;
-  };
-  search(plan, k, key_of_score(-std::numeric_limits<float>::infinity()), scan, emit);
 }
 
 void rescore(const float* queries, int64_t rows, const float* documents, int64_t dim, const int64_t* candidates,

@@ -81,6 +81,16 @@ struct Word256 {
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(less)));
   }
 
+  // Adds the lanes whose bit is set in `below`.
+  static void add_lanes(Candidates& candidates, uint32_t below, Word counts, uint32_t first_id) {
+    uint64_t count[lanes];
+    store(count, counts);
+    for (; below != 0; below &= below - 1) {
+      const int lane = __builtin_ctz(below);
+      add_candidate(candidates, static_cast<uint32_t>(count[lane]), first_id + static_cast<uint32_t>(lane));
+    }
+  }
+
   static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t count,
                                float query_inverse_norm, float limit, float* score) {
     const __m256i dots = _mm256_sub_epi64(_mm256_set1_epi64x(largest), _mm256_add_epi64(sum, sum));
@@ -93,21 +103,41 @@ struct Word256 {
   }
 };
 
-struct Bytes256 {
-  using Sums = __m256i;
+struct Dwords256 {
+  using Word = __m256i;
   static constexpr int64_t lanes = 8;
   static constexpr int64_t query_group = 8;
 
-  static Sums zero() { return _mm256_setzero_si256(); }
-  static __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Word zero() { return _mm256_setzero_si256(); }
+  static Word load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(uint32_t* p, Word a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static Word select(uint32_t which, Word a, Word b) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(which));
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+  }
+  template <int left>
+  static Word shift(Word a) {
+    return left >= 0 ? _mm256_slli_epi32(a, left) : _mm256_srli_epi32(a, -left);
+  }
+  static Word low_halves(Word a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static Word high_halves(Word a) { return low_halves(_mm256_srli_epi32(a, 4)); }
+
+  static void gather(const uint8_t* row, int64_t stride, int64_t rows, int64_t bytes, uint32_t* block) {
+    for (int64_t done = 0; done < bytes; done += 4, block += lanes) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t left = bytes - done < 4 ? bytes - done : 4;
+        block[i] = i < rows ? static_cast<uint32_t>(load_word(row + i * stride + done, left)) : 0;
+      }
+    }
+  }
   // Two products of at most 15 * 15 fit 16 bits.
-  static Sums add_dot(Sums sums, __m256i codes, const int8_t* query) {
+  static Word add_dot(Word sums, Word codes, const int8_t* query) {
     int32_t levels;
     __builtin_memcpy(&levels, query, sizeof levels);
     const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(levels));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static uint32_t scores_above(Sums sums, int32_t offset, const float* inverse_norms, int64_t count,
+  static uint32_t scores_above(Word sums, int32_t offset, const float* inverse_norms, int64_t count,
                                float query_inverse_norm, float limit, float* score) {
     const __m256i dots = _mm256_sub_epi32(_mm256_add_epi32(sums, sums), _mm256_set1_epi32(offset));
     return avx2::scores_above(dots, inverse_norms, count, query_inverse_norm, limit, score);
@@ -115,7 +145,7 @@ struct Bytes256 {
 };
 
 using Bits = BitKernels<Word256>;
-using Levels = LevelKernels<Bytes256>;
+using Levels = LevelKernels<Dwords256>;
 
 inline int64_t sum_of_lanes(__m256i a) {
   const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -138,9 +168,7 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
       const int64_t left = codes.bytes - done < 8 ? codes.bytes - done : 8;
       distance += __builtin_popcountll(load_word(code + done, left) ^ load_word(query + done, left));
     }
-    if (distance < candidates.limit) {
-      add_candidate(candidates, static_cast<uint32_t>(distance), first_id + static_cast<uint32_t>(row));
-    }
+    add_candidate(candidates, static_cast<uint32_t>(distance), first_id + static_cast<uint32_t>(row));
   }
 }
 

@@ -81,6 +81,15 @@ struct Word512 {
     return _mm512_cmplt_epu64_mask(counts, _mm512_set1_epi64(limit));
   }
 
+  // Adds the lanes whose bit is set in `below`.
+  static void add_lanes(Candidates& candidates, uint32_t below, Word counts, uint32_t first_id) {
+    const __m512i ids = _mm512_add_epi64(_mm512_set1_epi64(first_id), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+    const __m512i entries = _mm512_or_si512(_mm512_slli_epi64(counts, 32), ids);
+    const __m512i packed = _mm512_maskz_compress_epi64(static_cast<__mmask8>(below), entries);
+    _mm512_storeu_si512(candidates.entries + candidates.count, packed);
+    count_added(candidates, __builtin_popcount(below));
+  }
+
   static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t count,
                                float query_inverse_norm, float limit, float* score) {
     const __m512i dots = _mm512_sub_epi64(_mm512_set1_epi64(largest), _mm512_add_epi64(sum, sum));
@@ -88,33 +97,66 @@ struct Word512 {
   }
 };
 
-struct Bytes512 {
-  using Sums = __m512i;
+struct Dwords512 {
+  using Word = __m512i;
   static constexpr int64_t lanes = 16;
   static constexpr int64_t query_group = 8;
 
-  static Sums zero() { return _mm512_setzero_si512(); }
-  static __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Sums add_dot(Sums sums, __m512i codes, const int8_t* query) {
+  static Word zero() { return _mm512_setzero_si512(); }
+  static Word load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint32_t* p, Word a) { _mm512_storeu_si512(p, a); }
+  static Word select(uint32_t which, Word a, Word b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(which)), a, b, 0xca);
+  }
+  template <int left>
+  static Word shift(Word a) {
+    return left >= 0 ? _mm512_slli_epi32(a, left) : _mm512_srli_epi32(a, -left);
+  }
+  static Word low_halves(Word a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static Word high_halves(Word a) { return low_halves(_mm512_srli_epi32(a, 4)); }
+
+  // Up to 64 bytes of 16 rows: transposed by 64-bit words eight rows at a time, then the halves of the words parted.
+  static void gather(const uint8_t* row, int64_t stride, int64_t rows, int64_t bytes, uint32_t* block) {
+    const __mmask64 mask = first_bytes(bytes);
+    __m512i words[2][8];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int64_t r = 8 * half + i;
+        words[half][i] = r < rows ? load_bytes(row + r * stride, mask) : _mm512_setzero_si512();
+      }
+      transpose(words[half]);
+    }
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      _mm512_storeu_si512(block + 2 * i * lanes, _mm512_permutex2var_epi32(words[0][i], even, words[1][i]));
+      _mm512_storeu_si512(block + (2 * i + 1) * lanes, _mm512_permutex2var_epi32(words[0][i], odd, words[1][i]));
+    }
+  }
+
+  static Word add_dot(Word sums, Word codes, const int8_t* query) {
     int32_t levels;
     __builtin_memcpy(&levels, query, sizeof levels);
     return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(levels));
   }
-  static uint32_t scores_above(Sums sums, int32_t offset, const float* inverse_norms, int64_t count,
+  static uint32_t scores_above(Word sums, int32_t offset, const float* inverse_norms, int64_t count,
                                float query_inverse_norm, float limit, float* score) {
     const __m512i dots = _mm512_sub_epi32(_mm512_add_epi32(sums, sums), _mm512_set1_epi32(offset));
-    const auto lanes = static_cast<__mmask16>(first_bytes(count));
-    const __m512 code = _mm512_maskz_loadu_ps(lanes, inverse_norms);
+    const auto lane_mask = static_cast<__mmask16>(first_bytes(count));
+    const __m512 code = _mm512_maskz_loadu_ps(lane_mask, inverse_norms);
     const __m512 query = _mm512_set1_ps(query_inverse_norm);
     const __m512 scores = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), code), query);
-    const uint32_t above = _mm512_mask_cmp_ps_mask(lanes, scores, _mm512_set1_ps(limit), _CMP_GT_OQ);
+    const uint32_t above = _mm512_mask_cmp_ps_mask(lane_mask, scores, _mm512_set1_ps(limit), _CMP_GT_OQ);
     if (__builtin_expect(above != 0, 0)) _mm512_storeu_ps(score, scores);
     return above;
   }
 };
 
 using Bits = BitKernels<Word512>;
-using Levels = LevelKernels<Bytes512>;
+using Levels = LevelKernels<Dwords512>;
 
 // One query against rows as they lie, eight rows at a time. The popcounts of a row, at most 64 for each of up to three
 // words, fit a byte per 64-bit lane: shifted by a byte per row they merge into one register, which vpermb turns so that
@@ -143,24 +185,25 @@ inline __m512i distances_of_eight(const uint8_t* row, int64_t stride, int64_t ro
   return _mm512_sad_epu8(_mm512_permutexvar_epi8(turn, merged), _mm512_setzero_si512());
 }
 
-constexpr int64_t chunk_bytes = 3 * 64;
-
-inline __m512i any_distances_of_eight(const uint8_t* row, int64_t stride, int64_t rows, int64_t bytes,
+// Any width: rows one after the other, so that memory is read in one stream, and their sums added up together.
+inline __m512i distances_of_long_rows(const uint8_t* row, int64_t stride, int64_t rows, int64_t bytes,
                                       const uint8_t* query) {
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t done = 0; done < bytes; done += chunk_bytes) {
-    __m512i words[3];
-    for (int w = 0; w < 3; ++w) {
-      const int64_t left = bytes - done - 64 * w;
-      words[w] = left > 0 ? load_bytes(query + done + 64 * w, first_bytes(left)) : _mm512_setzero_si512();
+  __m512i counts[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t* const code = row + (i < rows ? i * stride : 0);
+    counts[i] = _mm512_setzero_si512();
+    for (int64_t done = 0; done < bytes; done += 64) {
+      const __mmask64 mask = first_bytes(bytes - done);
+      const __m512i word = _mm512_xor_si512(load_bytes(code + done, mask), load_bytes(query + done, mask));
+      counts[i] = _mm512_add_epi64(counts[i], _mm512_popcnt_epi64(word));
     }
-    const int64_t left = bytes - done;
-    const __m512i part = left > 128  ? distances_of_eight<3>(row + done, stride, rows, words, first_bytes(left - 128))
-                         : left > 64 ? distances_of_eight<2>(row + done, stride, rows, words, first_bytes(left - 64))
-                                     : distances_of_eight<1>(row + done, stride, rows, words, first_bytes(left));
-    sums = _mm512_add_epi64(sums, part);
   }
-  return sums;
+  transpose(counts);
+  for (int step = 1; step < 8; step *= 2) {
+    for (int i = 0; i < 8; i += 2 * step) counts[i] = _mm512_add_epi64(counts[i], counts[i + step]);
+  }
+  return counts[0];
 }
 
 // `distances(row, rows)` gives the distances of up to eight rows.
@@ -168,15 +211,9 @@ template <class Distances>
 inline void collect(const Rows& codes, uint32_t first_id, Candidates& candidates, const Distances& distances) {
   const auto collect_eight = [&](int64_t row, int64_t rows) {
     const __m512i found = distances(codes.data + row * codes.stride, rows);
-    uint32_t below = Word512::below(found, candidates.limit) & first_bytes(rows);
+    const uint32_t below = Word512::below(found, candidates.limit) & static_cast<uint32_t>(first_bytes(rows));
     if (__builtin_expect(below == 0, 1)) return;
-    uint64_t distance[8];
-    _mm512_storeu_si512(distance, found);
-    for (; below != 0; below &= below - 1) {
-      const int lane = __builtin_ctz(below);
-      if (distance[lane] >= candidates.limit) continue;
-      add_candidate(candidates, static_cast<uint32_t>(distance[lane]), first_id + static_cast<uint32_t>(row + lane));
-    }
+    Word512::add_lanes(candidates, below, found, first_id + static_cast<uint32_t>(row));
   };
   int64_t row = 0;
   for (; row + 8 <= codes.count; row += 8) collect_eight(row, 8);
@@ -200,7 +237,7 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
   if (codes.bytes <= 128) return scan_short_rows<2>(codes, first_id, query, candidates);
   if (codes.bytes <= 192) return scan_short_rows<3>(codes, first_id, query, candidates);
   collect(codes, first_id, candidates, [&](const uint8_t* row, int64_t rows) {
-    return any_distances_of_eight(row, codes.stride, rows, codes.bytes, query);
+    return distances_of_long_rows(row, codes.stride, rows, codes.bytes, query);
   });
 }
 

@@ -46,6 +46,9 @@ struct Word64 {
   }
 
   static uint32_t below(Word counts, uint32_t limit) { return counts < limit; }
+  static void add_lanes(Candidates& candidates, uint32_t, Word count, uint32_t id) {
+    add_candidate(candidates, static_cast<uint32_t>(count), id);
+  }
 
   static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t, float query_inverse_norm,
                                float limit, float* score) {
@@ -55,26 +58,42 @@ struct Word64 {
   }
 };
 
-struct Bytes4 {
-  using Sums = int32_t;
+struct Word32 {
+  using Word = uint32_t;
   static constexpr int64_t lanes = 1;
   static constexpr int64_t query_group = 4;
 
-  static Sums zero() { return 0; }
-  static const uint8_t* load(const uint8_t* p) { return p; }
-  static Sums add_dot(Sums sum, const uint8_t* code, const int8_t* query) {
-    for (int i = 0; i < 4; ++i) sum += code[i] * query[i];
-    return sum;
+  static Word zero() { return 0; }
+  static Word load(const uint32_t* p) { return *p; }
+  static void store(uint32_t* p, Word a) { *p = a; }
+  static Word select(uint32_t which, Word a, Word b) { return (which & a) | (~which & b); }
+  template <int left>
+  static Word shift(Word a) {
+    return left >= 0 ? a << (left & 31) : a >> (-left & 31);
   }
-  static uint32_t scores_above(Sums sum, int32_t offset, const float* inverse_norms, int64_t, float query_inverse_norm,
+  static Word low_halves(Word a) { return a & 0x0f0f0f0f; }
+  static Word high_halves(Word a) { return a >> 4 & 0x0f0f0f0f; }
+
+  static void gather(const uint8_t* row, int64_t, int64_t, int64_t bytes, uint32_t* block) {
+    for (int64_t done = 0; done < bytes; done += 4) {
+      *block++ = static_cast<uint32_t>(load_word(row + done, bytes - done < 4 ? bytes - done : 4));
+    }
+  }
+  static Word add_dot(Word sum, Word codes, const int8_t* levels) {
+    int32_t dot = 0;
+    for (int i = 0; i < 4; ++i) dot += static_cast<int32_t>(codes >> (8 * i) & 255) * levels[i];
+    return sum + static_cast<uint32_t>(dot);
+  }
+  static uint32_t scores_above(Word sum, int32_t offset, const float* inverse_norms, int64_t, float query_inverse_norm,
                                float limit, float* score) {
-    *score = static_cast<float>(2 * sum - offset) * *inverse_norms * query_inverse_norm;
+    const int32_t dot = 2 * static_cast<int32_t>(sum) - offset;
+    *score = static_cast<float>(dot) * *inverse_norms * query_inverse_norm;
     return *score > limit;
   }
 };
 
 using Bits = BitKernels<Word64>;
-using Levels = LevelKernels<Bytes4>;
+using Levels = LevelKernels<Word32>;
 
 void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
   const int64_t whole = codes.bytes / 8 * 8;
@@ -86,9 +105,7 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
     }
     const int64_t tail = codes.bytes - whole;
     distance += Word64::popcount(load_word(code + whole, tail) ^ load_word(query + whole, tail));
-    if (distance < candidates.limit) {
-      add_candidate(candidates, static_cast<uint32_t>(distance), first_id + static_cast<uint32_t>(row));
-    }
+    add_candidate(candidates, static_cast<uint32_t>(distance), first_id + static_cast<uint32_t>(row));
   }
 }
 

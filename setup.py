@@ -38,7 +38,15 @@ CXX_FLAGS = [
 # one of the features; the two lists must agree. Each level includes the ones before it.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2"]
 # GCC 12 warns about the undefined vectors inside its own AVX-512 intrinsics.
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+AVX512 = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq"]
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": AVX512VNNI}
 

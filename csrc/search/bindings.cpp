@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "search/search.hpp"
@@ -20,6 +21,7 @@ search::Matrix matrix(uintptr_t address, int64_t rows, int64_t bytes, int64_t st
 
 void bind_search(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("address", [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); });
   m.def(
       "pack_bits",
       [](uintptr_t x, int dtype, int64_t rows, int64_t dim, uintptr_t codes, int threads) {

@@ -1,15 +1,26 @@
 """What the search ops ask of their inputs. Arrays and tensors are checked alike, by the attributes they share."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import _native, backends
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_SDC_BITS = 4
 INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
+
+
+def _dtypes(*names: str) -> frozenset[Any]:
+    """The dtypes of these names in NumPy, in native byte order, and in PyTorch."""
+    modules = [module for module in (np, _native.torch) if module is not None]
+    found = [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
+    return frozenset(np.dtype(dtype) if isinstance(dtype, type) else dtype for dtype in found)
+
+
+FLOATS = _dtypes("float32", "float16", "bfloat16", "float64")
+FLOAT32 = _dtypes("float32")
+UINT8 = _dtypes("uint8")
+INT64 = _dtypes("int64")
 
 
 def code_bytes(dim: int) -> int:
@@ -18,14 +29,14 @@ def code_bytes(dim: int) -> int:
 
 
 def check_pack_bits(x: Any) -> None:
-    _check_dtype("x", x, FLOAT_DTYPES)
+    _check_dtype("x", x, FLOATS)
     if x.ndim == 0:
         raise ValueError("x must have at least one axis, got a scalar")
 
 
 def check_hamming_topk(queries: Any, codes: Any, k: int) -> None:
-    check_array("queries", queries, 2, ("uint8",))
-    check_array("codes", codes, 2, ("uint8",))
+    check_array("queries", queries, 2, UINT8)
+    check_array("codes", codes, 2, UINT8)
     _check_device(queries, codes, "codes")
     if queries.shape[1] != codes.shape[1]:
         raise ValueError(f"queries must have the {codes.shape[1]} bytes of the codes, got {queries.shape[1]}")
@@ -33,7 +44,7 @@ def check_hamming_topk(queries: Any, codes: Any, k: int) -> None:
 
 
 def check_sdc_encode(x: Any, bits: int) -> None:
-    check_array("x", x, 2, FLOAT_DTYPES)
+    check_array("x", x, 2, FLOATS)
     if x.shape[1] == 0:
         raise ValueError("x must have at least one dim, got 0")
     check_integer("bits", bits, 1, MAX_SDC_BITS)
@@ -43,8 +54,8 @@ def check_sdc_codes(codes: Any, inverse_norms: Any, bits: int, dim: int) -> None
     are_tensors(codes=codes, inverse_norms=inverse_norms)
     check_integer("bits", bits, 1, MAX_SDC_BITS)
     check_integer("dim", dim, 1)
-    check_array("codes", codes, 2, ("uint8",))
-    check_array("inverse_norms", inverse_norms, 1, ("float32",))
+    check_array("codes", codes, 2, UINT8)
+    check_array("inverse_norms", inverse_norms, 1, FLOAT32)
     width = bits * code_bytes(dim)
     if codes.shape[1] != width:
         raise ValueError(f"codes must be {width} bytes wide for dim {dim}, got {codes.shape[1]}")
@@ -63,9 +74,9 @@ def check_sdc_topk(queries: Any, query_norms: Any, codes: Any, code_norms: Any, 
 
 
 def check_rescore(queries: Any, documents: Any, candidate_ids: Any, k: int) -> None:
-    check_array("queries", queries, 2, FLOAT_DTYPES)
-    check_array("documents", documents, 2, FLOAT_DTYPES)
-    check_array("candidate_ids", candidate_ids, 2, ("int64",))
+    check_array("queries", queries, 2, FLOATS)
+    check_array("documents", documents, 2, FLOATS)
+    check_array("candidate_ids", candidate_ids, 2, INT64)
     _check_device(queries, documents, "documents")
     _check_device(queries, candidate_ids, "candidate_ids")
     if queries.dtype != documents.dtype:
@@ -114,16 +125,17 @@ def _is_tensor(name: str, value: Any) -> bool:
     raise TypeError(f"{name} must be a NumPy array or a tensor, got {type(value).__name__}")
 
 
-def check_array(name: str, value: Any, ndim: int, dtypes: Sequence[str]) -> None:
+def check_array(name: str, value: Any, ndim: int, dtypes: frozenset[Any]) -> None:
     _check_dtype(name, value, dtypes)
     if value.ndim != ndim:
         axes = "[rows, columns]" if ndim == 2 else "[rows]"
         raise ValueError(f"{name} must have shape {axes}, got {list(value.shape)}")
 
 
-def _check_dtype(name: str, value: Any, dtypes: Sequence[str]) -> None:
-    if str(value.dtype).removeprefix("torch.") not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {value.dtype}")
+def _check_dtype(name: str, value: Any, dtypes: frozenset[Any]) -> None:
+    if value.dtype not in dtypes:
+        names = " or ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+        raise TypeError(f"{name} must be {names}, got {value.dtype}")
 
 
 def _check_device(queries: Any, other: Any, name: str) -> None:

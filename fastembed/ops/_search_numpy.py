@@ -18,7 +18,7 @@ def pack_bits(x: np.ndarray) -> np.ndarray:
     x = _dense(x)
     codes = np.empty((*x.shape[:-1], checks.code_bytes(x.shape[-1])), np.uint8)
     rows = int(np.prod(x.shape[:-1], dtype=np.int64))
-    core.pack_bits(_address(x), _KERNEL_DTYPES[x.dtype], rows, x.shape[-1], _address(codes), num_threads())
+    core.pack_bits(core.address(x), _KERNEL_DTYPES[x.dtype], rows, x.shape[-1], core.address(codes), num_threads())
     return codes
 
 
@@ -28,9 +28,9 @@ def hamming_topk(queries: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.nda
     distances = np.empty((len(queries), k), np.int32)
     ids = np.empty((len(queries), k), np.int64)
     core.hamming_topk(
-        *(_address(queries), len(queries), queries.strides[0]),
-        *(_address(codes), len(codes), codes.strides[0]),
-        *(codes.shape[1], k, _address(distances), _address(ids), num_threads()),
+        *(core.address(queries), len(queries), queries.strides[0]),
+        *(core.address(codes), len(codes), codes.strides[0]),
+        *(codes.shape[1], k, core.address(distances), core.address(ids), num_threads()),
     )
     return distances, ids
 
@@ -42,7 +42,15 @@ def sdc_encode(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     inverse_norms = np.empty(len(x), np.float32)
     checks.raise_not_finite(
         core.sdc_encode(
-            *(_address(x), len(x), x.shape[1], bits, _address(codes), _address(inverse_norms), num_threads())
+            *(
+                core.address(x),
+                len(x),
+                x.shape[1],
+                bits,
+                core.address(codes),
+                core.address(inverse_norms),
+                num_threads(),
+            )
         )
     )
     return codes, inverse_norms
@@ -69,9 +77,9 @@ def sdc_topk(
     scores = np.empty((len(queries), k), np.float32)
     ids = np.empty((len(queries), k), np.int64)
     core.sdc_topk(
-        *(_address(queries), _address(query_inverse_norms), len(queries), queries.strides[0]),
-        *(_address(codes), _address(inverse_norms), len(codes), codes.strides[0]),
-        *(dim, bits, k, _address(scores), _address(ids), num_threads()),
+        *(core.address(queries), core.address(query_inverse_norms), len(queries), queries.strides[0]),
+        *(core.address(codes), core.address(inverse_norms), len(codes), codes.strides[0]),
+        *(dim, bits, k, core.address(scores), core.address(ids), num_threads()),
     )
     return scores, ids
 
@@ -90,8 +98,15 @@ def rescore(
     scores = np.empty((len(queries), k), np.float32)
     ids = np.empty((len(queries), k), np.int64)
     core.rescore(
-        *(_address(queries), len(queries), _address(documents), documents.shape[1]),
-        *(_address(candidate_ids), candidate_ids.shape[1], k, _address(scores), _address(ids), num_threads()),
+        *(core.address(queries), len(queries), core.address(documents), documents.shape[1]),
+        *(
+            core.address(candidate_ids),
+            candidate_ids.shape[1],
+            k,
+            core.address(scores),
+            core.address(ids),
+            num_threads(),
+        ),
     )
     return scores, ids if named is None else named[ids]
 
@@ -104,7 +119,3 @@ def _dense(x: np.ndarray, dtype: Any = None) -> np.ndarray:
 def _byte_rows(codes: np.ndarray) -> np.ndarray:
     """The codes with the bytes of each row adjacent: as they are, or copied."""
     return codes if codes.strides[1] == 1 else np.ascontiguousarray(codes)
-
-
-def _address(x: np.ndarray) -> int:
-    return x.__array_interface__["data"][0]

@@ -157,7 +157,7 @@ def sdc_topk(queries: SDCCodes | Array, codes: SDCCodes, k: int) -> tuple[Array,
         raise TypeError(f"codes must be SDCCodes, got {type(codes).__name__}")
     if not isinstance(queries, SDCCodes):
         _ops(queries=queries, codes=codes.codes)
-        checks.check_array("queries", queries, 2, checks.FLOAT_DTYPES)
+        checks.check_array("queries", queries, 2, checks.FLOATS)
         if queries.shape[1] != codes.dim:
             raise ValueError(f"queries must have the {codes.dim} dims of the codes, got {queries.shape[1]}")
         queries = sdc_encode(queries, codes.bits)

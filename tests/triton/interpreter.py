@@ -1,9 +1,10 @@
 """Triton's CPU interpreter, mended where it computes something else than a GPU, and made strict about memory.
 
-Mended (seen in Triton 3.9):
+Mended (seen in Triton 3.7 and 3.9):
 - bfloat16 is held as `ml_dtypes.bfloat16`. Upstream holds its bit pattern in a uint16 and computes with that integer,
   without an error; casts to bfloat16 truncate. Now every operation and cast rounds to nearest, ties to even.
 - A comparison is an int1. Upstream leaves the type of its operands on it, so a scalar condition cannot be broadcast.
+- `tl.maximum` and `tl.minimum` ignore a NaN unless told to propagate it. Triton 3.7 always propagates.
 - `triton.language` is patched once. Upstream patches it again at every call of a device function, 1 to 2 ms each.
 
 Strict, where a GPU would read garbage, corrupt memory or give varying results without a word:
@@ -105,6 +106,12 @@ class StrictBuilder(interpreter.InterpreterBuilder):
         if result.data.dtype == np.bool_:
             result.dtype = tl.int1
         return result
+
+    def create_maxnumf(self, lhs: Handle, rhs: Handle) -> Handle:
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_minnumf(self, lhs: Handle, rhs: Handle) -> Handle:
+        return self.binary_op(lhs, rhs, np.fmin)
 
     def cast_impl(self, src: Handle, dst_type: tl.dtype) -> Handle:
         return Handle(src.data.astype(_np_dtype(dst_type)), dst_type.scalar)

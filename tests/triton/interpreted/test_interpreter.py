@@ -82,6 +82,25 @@ def test_bfloat16_dot_and_sum() -> None:
 
 
 @triton.jit
+def extremes(x, y, out):
+    i = tl.arange(0, 4)
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    tl.store(out + i, tl.maximum(a, b))
+    tl.store(out + 4 + i, tl.minimum(a, b))
+    tl.store(out + 8 + i, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(out + 12 + i, tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL))
+
+
+def test_maximum_and_minimum_propagate_nan_only_where_told() -> None:
+    nan = torch.nan
+    x, y, out = torch.tensor([1, nan, 2, nan]), torch.tensor([2, 3, nan, nan]), torch.empty(4, 4)
+    extremes[1,](x, y, out)
+    expected = [[2, 3, 2, nan], [1, 3, 2, nan], [2, nan, nan, nan], [1, nan, nan, nan]]
+    torch.testing.assert_close(out, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
 def scalar_condition_in_mask(x, out, count):
     i = tl.arange(0, SIZE)
     tl.store(out + i, tl.load(x + i, mask=(i < 32) & (count > 0), other=7.0))

@@ -12,15 +12,10 @@ import os.path
 import sys
 from pathlib import Path
 
-from . import environment, limits, report, runner
+from . import limits
+from .harness import environment, report, runner
 
-FAMILIES = tuple(
-    sorted(
-        path.stem
-        for path in Path(__file__).parent.glob("*.py")
-        if path.stem not in ("__init__", "__main__", "environment", "report", "runner", "workload")
-    )
-)
+FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 RESULTS = Path(__file__).parent / "results"
 
 

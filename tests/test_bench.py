@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import Case, Context, Faster, OfLimit, Workload, runner
+from bench import Case, Context, Faster, OfLimit, Workload
+from bench.harness import runner
 
 ROOT = Path(__file__).parent.parent
-HARNESS = {"__init__", "__main__", "environment", "report", "runner", "workload"}
-FAMILIES = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - HARNESS)
+FAMILIES = sorted(path.stem for path in (ROOT / "bench").glob("[!_]*.py"))
 
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import environment, limits
+from .. import limits
+from . import environment
 from .workload import OURS, Case, Context, Faster, OfLimit, Workload
 
 

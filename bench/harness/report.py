@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from . import limits
+from .. import limits
 from .runner import Measurement, Results
 from .workload import OURS
 
@@ -173,6 +173,8 @@ def _plot(path: Path, title: str, results: Results, circumstances: dict[str, str
             f"{count} thread{'s' if count > 1 else ''}" if circumstances["device"] == "cpu" else "", fontsize=10
         )
         axis.set_xlabel("% of the hardware limit" if against_limit else "speed, % of ours")
+        if against_limit:
+            axis.axvline(100, color="#888888", linewidth=0.8, linestyle=":", zorder=0)
         axis.margins(x=0.1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_yticks(range(len(cases)), cases, fontsize=8)

@@ -12,7 +12,7 @@ import torch
 import fastembed
 from fastembed._native import core
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PEERS = ("torch", "sentence-transformers", "transformers", "faiss-cpu", "onnxruntime", "numpy", "triton")
 
 

@@ -50,6 +50,8 @@ def pool_exits(
     rows = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()  # not every architecture compares every float8
     outputs = [[first.new_empty(rows, dim, dtype=out_dtype) for dim in exit_dims] for exit_dims in dims]
     if rows > 0:
         with torch.cuda.device_of(first):

@@ -182,6 +182,14 @@ def test_no_offsets_reach_outside_the_tokens(mode: str, offsets: list[int]) -> N
     assert bool(pooled[0].isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_mask_of_any_dtype(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 1]])
+    arguments = (None, "weightedmean", [[4]], True, torch.float32)
+    ours = triton_pooling.pool_exits([normal(0, 1, 5, 4)], mask.to(dtype), *arguments)
+    assert torch.equal(ours[0], triton_pooling.pool_exits([normal(0, 1, 5, 4)], mask, *arguments)[0])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_any_mask_value_but_zero_is_valid(mode: str) -> None:
     """On a GPU the values of the mask are not checked before the launch."""
@@ -195,19 +203,19 @@ def test_any_mask_value_but_zero_is_valid(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_depend_on_the_sequence_alone(mode: str) -> None:
-    """Neither on the order of the programs, nor on the batch, nor on padded or packed, nor on the other dims."""
+    """Neither on the order of the programs, nor on the batch, nor on whether it is padded or packed."""
     length = 700
     hidden = normal(0, 3, length, 40)
     with interpreter.program_order(2):
-        batch = pool([hidden, hidden], mode=mode, dims=[[7, 40], [40]])
+        batch = pool([hidden, hidden], mode=mode, dims=[40])
     with interpreter.program_order(3):
-        again = pool([hidden, hidden], mode=mode, dims=[[7, 40], [40]])
+        again = pool([hidden, hidden], mode=mode, dims=[40])
     single = pool([hidden[1:2]], mode=mode, dims=[40])
     packed = pool([hidden.flatten(0, 1)], mode=mode, cu_seqlens=torch.arange(4) * length)
     assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
-    assert torch.equal(batch[1], batch[2])
-    assert torch.equal(batch[1][1:2], single[0])
-    assert torch.equal(batch[1], packed[0])
+    assert torch.equal(batch[0], batch[1])
+    assert torch.equal(batch[0][1:2], single[0])
+    assert torch.equal(batch[0], packed[0])
 
 
 def test_gradients_flow_through_the_registered_op() -> None:

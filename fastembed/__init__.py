@@ -1,5 +1,7 @@
 """fastembed: fast kernels for text-embedding models, on CPU, CUDA and Triton, behind one thin API."""
 
+from typing import NoReturn
+
 from ._distributions import warn_if_name_is_shared as _warn_if_name_is_shared
 from ._native import torch as _torch
 from .backends import use_backend
@@ -8,19 +10,34 @@ from .ops.search import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, 
 
 __version__ = "0.1.0"
 
-if _torch is not None:
-    from .ops.pooling import pool_exits
-
-_warn_if_name_is_shared()
-
 __all__ = [
+    "QuantConfig",
     "SDCCodes",
+    "SwapReport",
     "hamming_topk",
     "info",
+    "nn",
     "pack_bits",
     "pool_exits",
     "rescore",
     "sdc_encode",
     "sdc_topk",
+    "swap",
+    "unswap",
     "use_backend",
 ]
+
+if _torch is not None:
+    from . import nn
+    from .ops.pooling import pool_exits
+    from .quantize import QuantConfig
+    from .swap import SwapReport, swap, unswap
+
+_warn_if_name_is_shared()
+
+
+def __getattr__(name: str) -> NoReturn:
+    """Reached for names that are not there: mistyped ones, and, without PyTorch, those that need it."""
+    if name in __all__:
+        raise ImportError(f"fastembed.{name} needs PyTorch: pip install 'fastembed-kernels[torch]'")
+    raise AttributeError(f"module 'fastembed' has no attribute {name!r}")

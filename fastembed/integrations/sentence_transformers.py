@@ -1,0 +1,101 @@
+"""sentence-transformers' Pooling, and the Normalize after it, in one pass over the tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import Tensor, nn
+
+from ..ops.pooling import pool_exits
+
+# sentence-transformers' names that differ from ours.
+_MODES = {"mean_sqrt_len_tokens": "mean_sqrt_len"}
+
+# Features of older modules (WordWeights, CLS-only encoders) that change what pooling means.
+_SPECIAL_FEATURES = ("cls_token_embeddings", "token_weights_sum")
+
+
+class FusedPooling(Pooling):
+    """A sentence-transformers Pooling that runs `fastembed.pool_exits`, and the L2 normalisation with it if asked to.
+
+    Reads and writes the same features. It is a Pooling, so what sentence-transformers asks of its pooling module
+    (dimensions, `include_prompt`) it answers alike. A sequence without valid tokens gives zeros.
+
+    Args:
+        pooling: the module whose settings to take.
+        normalize: whether the embedding is L2-normalised, as a Normalize module after it would.
+    """
+
+    def __init__(self, pooling: Pooling, *, normalize: bool) -> None:
+        super().__init__(pooling.embedding_dimension, pooling.pooling_mode, pooling.include_prompt)
+        self.normalize = normalize
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        prompt_length = 0 if self.include_prompt else _as_int(features.get("prompt_length", 0))
+        if self._is_special(features, prompt_length):
+            features = super().forward(features, **kwargs)
+            if self.normalize:
+                embedding = features["sentence_embedding"]
+                features["sentence_embedding"] = nn.functional.normalize(embedding, p=2, dim=-1)
+            return features
+        tokens = features["token_embeddings"]
+        offsets = features.get("cu_seq_lens_q")
+        mask = None if offsets is not None else _valid_tokens(tokens, features.get("attention_mask"), prompt_length)
+        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
+        vectors = []
+        for mode in modes:
+            (exit,) = pool_exits(
+                [tokens], mask, cu_seqlens=offsets, mode=_MODES.get(mode, mode), normalize=self.normalize
+            )
+            vectors.extend(exit.values())
+        features["sentence_embedding"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
+        return features
+
+    def _is_special(self, features: dict[str, Any], prompt_length: int) -> bool:
+        """Whether only sentence-transformers' own implementation covers these features."""
+        if any(name in features for name in _SPECIAL_FEATURES):
+            return True
+        # It counts the weights of weightedmean from before the prompt that it leaves out.
+        return prompt_length > 0 and ("cu_seq_lens_q" in features or "weightedmean" in self.pooling_mode)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}"
+
+
+def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, str | None]]:
+    """Every place with a Pooling: (parent, child's name, the Pooling, name of the Normalize it can take over or None).
+
+    A Normalize right behind it in a Sequential can be taken over when it normalises the whole sentence embedding and
+    that is one vector: of several modes side by side it would normalise the concatenation.
+    """
+    for parent in model.modules():
+        children = [(name, child) for name, child in parent._modules.items() if child is not None]
+        for (name, child), (next_name, following) in zip(children, [*children, ("", None)][1:], strict=True):
+            if type(child) is not Pooling:
+                continue
+            fuses = (
+                isinstance(parent, nn.Sequential)
+                and type(following) is Normalize
+                and following.module_input_name == following.module_output_name == "sentence_embedding"
+                and isinstance(child.pooling_mode, str)
+            )
+            yield parent, name, child, next_name if fuses else None
+
+
+def _valid_tokens(tokens: Tensor, mask: Tensor | None, prompt_length: int) -> Tensor | None:
+    """The mask [B, T] to pool over, or None for every token."""
+    if mask is None or mask.shape[-1] != tokens.shape[1]:
+        if not prompt_length:
+            return None
+        mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    if prompt_length:
+        first = mask.to(torch.int32).argmax(dim=1, keepdim=True)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        mask = mask * (positions >= first + prompt_length)
+    return mask
+
+
+def _as_int(prompt_length: int | Tensor) -> int:
+    """In inference an int; in training a tensor that repeats it for every sequence."""
+    return int(prompt_length.flatten()[0]) if isinstance(prompt_length, Tensor) else prompt_length

@@ -43,7 +43,7 @@ class FusedPooling(Pooling):
         offsets = features.get("cu_seq_lens_q")
         mask = None if offsets is not None else _valid_tokens(tokens, features.get("attention_mask"), prompt_length)
         modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
-        vectors = []
+        vectors: list[Tensor] = []
         for mode in modes:
             (exit,) = pool_exits(
                 [tokens], mask, cu_seqlens=offsets, mode=_MODES.get(mode, mode), normalize=self.normalize
@@ -72,7 +72,7 @@ def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, s
     for parent in model.modules():
         children = [(name, child) for name, child in parent._modules.items() if child is not None]
         for (name, child), (next_name, following) in zip(children, [*children, ("", None)][1:], strict=True):
-            if type(child) is not Pooling:
+            if not isinstance(child, Pooling) or type(child) is not Pooling:
                 continue
             fuses = (
                 isinstance(parent, nn.Sequential)

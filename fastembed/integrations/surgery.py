@@ -24,7 +24,7 @@ class _Original:
         self.module = module
 
 
-class _Override(partial):  # type: ignore[type-arg]
+class _Override(partial[Any]):
     """A method of one instance, bound to it. As a partial it survives deepcopy and pickle bound to the copy."""
 
 

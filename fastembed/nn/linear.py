@@ -122,12 +122,14 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         if x.dim() and x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features in its last dimension, got {list(x.shape)}")
+        # nn.Module.__getattr__ would cost as much as a small layer.
+        buffers = self._buffers
         return qmatmul.qlinear(
             x,
-            self.codes,
-            self.scales,
-            self.zeros,
-            self.bias,
+            buffers["codes"],  # type: ignore[arg-type]
+            buffers["scales"],  # type: ignore[arg-type]
+            buffers["zeros"],
+            buffers["bias"],
             bits=self.bits,
             group_size=self.group_size,
             out_features=self.out_features,

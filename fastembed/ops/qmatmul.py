@@ -147,7 +147,7 @@ def _cpu(
 ) -> Tensor:
     _check(x, codes, scales, zeros, bias, bits, group_size, out_features, epilogue)
     in_features = x.shape[-1]
-    rows = x.reshape(x.shape[:-1].numel(), in_features)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     if in_features > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     y = x.new_empty(*x.shape[:-1], out_features)

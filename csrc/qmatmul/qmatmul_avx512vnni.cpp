@@ -4,7 +4,7 @@
 // tokens x 32 output features whose integer and float accumulators both stay in registers. The unpacked byte is
 // code - zero + 128, so that the zero points cost nothing: 128 times the activations' sum is the same for every output
 // feature and is where the accumulators start. 8-bit codes with zero points of their own do not fit in a byte that way;
-// they stay as they are and start from zero times the sum.
+// they stay as they are, and zero times the sum comes off at the end of a group.
 // Few tokens: codes are unpacked in registers, as they stream by.
 // Both ways compute the same integers and then the same float operations: a token's result is the same in any batch.
 #include <immintrin.h>
@@ -180,6 +180,13 @@ INLINE __m512i load_quad(const int8_t* codes) {
   return _mm512_set1_epi32(value);
 }
 
+// sum + weights * a, four products per 32-bit lane. In assembly because GCC, given the intrinsic, keeps a second copy
+// of every accumulator of a tile and moves between the two in each step.
+INLINE __m512i add_products(__m512i sum, __m512i weights, __m512i a) {
+  asm("vpdpbusd %[a], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [a] "v"(a));
+  return sum;
+}
+
 // ---- few tokens -----------------------------------------------------------------------------------------------------
 
 constexpr int few_tokens = 4;
@@ -207,7 +214,7 @@ void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
       for (int t = 0; t < tiles; ++t, tile += 8 * Bits) weights[t] = unpack(tile);
       for (int r = 0; r < Rows; ++r) {
         const __m512i a = load_quad(quads + r * tokens.stride);
-        for (int t = 0; t < tiles; ++t) dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], weights[t], a);
+        for (int t = 0; t < tiles; ++t) dot[r][t] = add_products(dot[r][t], weights[t], a);
       }
       quads += quad;
     }
@@ -280,29 +287,29 @@ void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& to
     const int64_t column = group * panel_width + first_tile * tile_width;
     __m512i dot[Rows][tile_columns];
     for (int r = 0; r < Rows; ++r) {
-      const int32_t sum = sums[r * panel.groups + group];
-      for (int t = 0; t < tile_columns; ++t) {
-        if constexpr (OwnZeros) {
-          dot[r][t] =
-              _mm512_mullo_epi32(_mm512_load_si512(weights.zeros + column + t * tile_width), _mm512_set1_epi32(-sum));
-        } else {
-          dot[r][t] = _mm512_set1_epi32(-128 * sum);
-        }
-      }
+      const int32_t start = OwnZeros ? 0 : -128 * sums[r * panel.groups + group];
+      for (int t = 0; t < tile_columns; ++t) dot[r][t] = _mm512_set1_epi32(start);
     }
     for (int64_t n = panel.quads_in(group); n > 0; --n) {
       __m512i w[tile_columns];
       for (int t = 0; t < tile_columns; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
       for (int r = 0; r < Rows; ++r) {
         const __m512i a = load_quad(quads + r * tokens.stride);
-        for (int t = 0; t < tile_columns; ++t) dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], w[t], a);
+        for (int t = 0; t < tile_columns; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
       }
       bytes += quad * panel_width;
       quads += quad;
     }
     for (int t = 0; t < tile_columns; ++t) {
       const __m512 scales = _mm512_load_ps(weights.scales + column + t * tile_width);
-      for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+      for (int r = 0; r < Rows; ++r) {
+        if constexpr (OwnZeros) {
+          const __m512i sum = _mm512_set1_epi32(sums[r * panel.groups + group]);
+          const __m512i zeros = _mm512_load_si512(weights.zeros + column + t * tile_width);
+          dot[r][t] = _mm512_sub_epi32(dot[r][t], _mm512_mullo_epi32(zeros, sum));
+        }
+        total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+      }
     }
   }
   for (int r = 0; r < Rows; ++r) {

@@ -22,6 +22,7 @@ using Vec = __m512;
 using Index = __m512i;
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
 INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -58,33 +59,43 @@ struct Float16 {
 };
 INLINE __m512 load16(const Float16* p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
 
+INLINE void store_codes(int8_t* codes, __m512i values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(values));
+}
+
+// Calls body(k, lanes) for the columns [first, end) by 16: whole vectors with a constant mask, then the rest.
+template <class Body>
+INLINE void by_vectors(int64_t first, int64_t end, const Body& body) {
+  int64_t k = first;
+  for (; k + 16 <= end; k += 16) body(k, static_cast<__mmask16>(0xffff));
+  if (k < end) body(k, first_lanes(end - k));
+}
+
 template <class T>
 void quantize_as(const T* x, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride, float* scale,
                  int32_t* sums) {
   // As integers, magnitudes compare as floats do, with infinity and NaN above every number.
   __m512i largest = _mm512_castps_si512(_mm512_set1_ps(smallest_amax));
-  for (int64_t k = 0; k < in_features; k += 16) {
-    const __m512 v = load16(x + k, first_lanes(in_features - k));
-    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
-  }
+  by_vectors(0, in_features, [&](int64_t k, __mmask16 lanes) INLINE_LAMBDA {
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(load16(x + k, lanes))));
+  });
   const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
   const bool finite = amax - amax == 0;
   *scale = finite ? amax * (1.f / 127.f) : amax - amax;
   const __m512 inverse = _mm512_set1_ps(127.f / amax);
+  // A token that is not finite gets codes of 0 and a scale of NaN.
+  const __mmask16 used = finite ? 0xffff : 0;
   for (int64_t first = 0; first < in_features; first += group_size) {
     const int64_t end = first + group_size < in_features ? first + group_size : in_features;
     __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = first; k < end; k += 16) {
-      const __mmask16 lanes = finite ? first_lanes(in_features - k) : 0;
-      const __m512i code = _mm512_maskz_cvtps_epi32(lanes, _mm512_mul_ps(load16(x + k, lanes), inverse));
+    by_vectors(first, end, [&](int64_t k, __mmask16 lanes) INLINE_LAMBDA {
+      const __m512i code = _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(load16(x + k, lanes), inverse));
       sum = _mm512_add_epi32(sum, code);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(code));
-    }
+      store_codes(codes + k, code);
+    });
     *sums++ = _mm512_reduce_add_epi32(sum);
   }
-  for (int64_t k = (in_features + 15) / 16 * 16; k < stride; k += 16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm_setzero_si128());
-  }
+  for (int64_t k = (in_features + 15) / 16 * 16; k < stride; k += 16) store_codes(codes + k, _mm512_setzero_si512());
 }
 
 void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,

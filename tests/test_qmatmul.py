@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import supported_isa_levels
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 
 import fastembed
+from fastembed._native import core
 from fastembed.ops.qmatmul import EPILOGUES, dequantize_weight, qlinear
 from fastembed.reference import qmatmul as reference
 
@@ -203,6 +205,20 @@ def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...],
     for threads in thread_counts:
         torch.set_num_threads(threads)
         results.append(layer(x))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_vector_levels_agree_bit_for_bit(bits: int) -> None:
+    """A state dict moved to another machine gives the same results there."""
+    layer = make_layer(200, 130, bits, epilogue="gelu")
+    x = random_x(9, 200)
+    before = core.isa()
+    results = []
+    for level in supported_isa_levels()[1:]:
+        core.set_isa(level)
+        results.append(layer(x))
+    core.set_isa(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

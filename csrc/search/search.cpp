@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <vector>
+#include <new>
 
 #include "common/isa.hpp"
 #include "common/threading.hpp"
@@ -40,12 +40,20 @@ constexpr int64_t candidates_per_worker = 1 << 22;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory that is not cleared: pages nobody writes cost nothing.
+// Memory on cache lines, so that no load of a register straddles two. It is not cleared: pages nobody writes cost
+// nothing.
 template <class T>
 struct Buffer {
-  explicit Buffer(int64_t size) : data(new T[static_cast<size_t>(size)]) {}
+  static constexpr std::align_val_t alignment{64};
+  struct Delete {
+    void operator()(T* memory) const { ::operator delete(memory, alignment); }
+  };
+
+  explicit Buffer(int64_t size)
+      : data(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), alignment))) {}
   T* at(int64_t index) const { return data.get() + index; }
-  std::unique_ptr<T[]> data;
+
+  std::unique_ptr<T, Delete> data;
 };
 
 // A task is one chunk of queries against one slice of the codes. Many queries: few slices, so that each code is packed

@@ -12,7 +12,7 @@ import numpy as np
 
 import fastembed
 
-from .workload import OURS, Case, Context, Faster, Workload, optional_import
+from .harness.workload import OURS, Case, Context, Faster, Workload, optional_import
 
 usearch = optional_import("usearch")
 K = 10

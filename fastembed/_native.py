@@ -6,6 +6,7 @@ which copy the process uses, and two OpenMP pools on the same cores stall each o
 
 import importlib
 import importlib.util
+from typing import Any
 
 try:
     import torch
@@ -15,7 +16,7 @@ except ModuleNotFoundError:
 from . import _core as core
 
 # Absent where it was not built; present but failing is an error to show, not to hide.
-cuda = importlib.import_module("._cuda", __package__) if importlib.util.find_spec("._cuda", __package__) else None
+cuda: Any = importlib.import_module("._cuda", __package__) if importlib.util.find_spec("._cuda", __package__) else None
 
 __all__ = ["core", "cuda", "num_threads", "torch"]
 

@@ -1,0 +1,74 @@
+"""The demo from text to table: what `fastembed demo` runs."""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..quantize import QuantConfig
+from ..swap import swap
+from . import encoders, report, searches
+from .corpus import build_corpus
+
+
+def run(model_path: str | None, limit: int | None, threads: int | None, output: Path) -> list[report.Row]:
+    """Encode the standard library with the unmodified and the swapped model, search it every way, and report.
+
+    Args:
+        model_path: folder of a sentence-transformers model; None for all-MiniLM-L6-v2 from its package.
+        limit: pairs to take at most; None for all.
+        threads: CPU threads; None leaves PyTorch's choice.
+        output: folder for the table and the plots.
+    """
+    console = Console()
+    start = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = encoders.load_model(model_path)
+    pairs = build_corpus(limit)
+    documents, queries = [pair.document for pair in pairs], [pair.query for pair in pairs]
+    console.print(f"{len(pairs)} pairs of docstring and function from the Python standard library\n")
+
+    swapped = copy.deepcopy(model)
+    swap(swapped, quantize=QuantConfig(bits=8))
+    console.print()
+
+    original, ours = encoders.encode_in_turns([model, swapped], documents, queries)
+    exits = encoders.encode_exits(swapped, encoders.default_exits(model), documents, queries)
+
+    rows = [
+        _row("unmodified", "float", original, searches.float_search(original.documents, original.queries)),
+        _row("swapped", "float", ours, searches.float_search(ours.documents, ours.queries)),
+    ]
+    for (layer, dim), encoded in exits.items():
+        found = searches.float_search(encoded.documents, encoded.queries)
+        rows.append(_row(f"swapped, layer {layer}, dim {dim}", "float", encoded, found))
+    for name, (alone, rescored) in (
+        ("1 bit, Hamming", searches.binary_search(ours.documents, ours.queries)),
+        ("2 bits, SDC", searches.sdc_search(ours.documents, ours.queries)),
+    ):
+        rows.append(_row("swapped", name, ours, alone))
+        rows.append(_row("swapped", f"{name}, {searches.CANDIDATES} re-scored", ours, rescored))
+
+    title = f"{len(pairs)} documents and as many queries, {torch.get_num_threads()} threads"
+    report.print_table(rows, title)
+    for path in report.write_files(rows, title, output):
+        console.print(f"wrote {path}")
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    return rows
+
+
+def _row(encoder: str, search: str, encoded: encoders.Encoded, found: searches.Searched) -> report.Row:
+    return report.Row(
+        encoder,
+        search,
+        encoded.documents_per_second,
+        encoded.queries_per_second,
+        found.queries_per_second,
+        found.bytes_per_vector,
+        found.quality.mrr,
+        found.quality.recall_1,
+        found.quality.recall_10,
+    )

@@ -141,13 +141,10 @@ def _exits_of(model: SentenceTransformer, exits: Sequence[Exit], texts: list[str
     batches = []
     for start in range(0, len(texts), BATCH):
         features = model.preprocess([texts[i] for i in order[start : start + BATCH]])
-        hidden: Sequence[Tensor] = (
-            model[0]
-            .auto_model(
-                input_ids=features["input_ids"], attention_mask=features["attention_mask"], output_hidden_states=True
-            )
-            .hidden_states
+        outputs = transformer(
+            input_ids=features["input_ids"], attention_mask=features["attention_mask"], output_hidden_states=True
         )
+        hidden: Sequence[Tensor] = outputs.hidden_states
         pooled = pool_exits(
             [hidden[layer] for layer, _ in exits], features["attention_mask"], dims=[[dim] for _, dim in exits]
         )

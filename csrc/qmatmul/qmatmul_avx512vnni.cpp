@@ -200,8 +200,6 @@ INLINE __m512i add_products(__m512i sum, __m512i weights, __m512i a) {
 
 // ---- few tokens -----------------------------------------------------------------------------------------------------
 
-constexpr int few_tokens = 4;
-
 template <int Bits, int Rows>
 void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
   constexpr int tiles = panel_width / tile_width;
@@ -342,7 +340,6 @@ constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
-  static_assert(few_tokens == 4);
   switch (tokens.rows) {
     case 1:
       return stream<Bits, 1>(panel, tokens, output);

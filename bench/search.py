@@ -12,7 +12,8 @@ import numpy as np
 
 import fastembed
 
-from .harness.workload import OURS, Case, Context, Faster, Workload, optional_import
+from . import Case, Context, Faster, Workload, optional_import
+from .harness.workload import OURS
 
 usearch = optional_import("usearch")
 K = 10

@@ -103,13 +103,13 @@ def test_demo_from_text_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [(row["encoder"], row["search"]) for row in rows] == [
         ("unmodified", "float"),
         ("swapped", "float"),
-        ("swapped, layer 2, dim 128", "float"),
-        ("swapped, layer 4, dim 256", "float"),
-        ("swapped, layer 6, dim 384", "float"),
-        ("swapped", "1 bit, Hamming"),
-        ("swapped", "1 bit, Hamming, 100 re-scored"),
-        ("swapped", "2 bits, SDC"),
-        ("swapped", "2 bits, SDC, 100 re-scored"),
+        ("swapped, exit (2, 128)", "float"),
+        ("swapped, exit (4, 256)", "float"),
+        ("swapped, exit (6, 384)", "float"),
+        ("swapped", "Hamming, 1 bit"),
+        ("swapped", "Hamming, 1 bit + re-scoring"),
+        ("swapped", "SDC, 2 bits"),
+        ("swapped", "SDC, 2 bits + re-scoring"),
     ]
     assert abs(float(rows[1]["mrr_10"]) - float(rows[0]["mrr_10"])) < 0.1
     assert all(float(row["documents_per_second"]) > 0 for row in rows)

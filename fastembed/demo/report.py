@@ -40,7 +40,8 @@ class Row:
     recall_10: float
 
 
-_HEADINGS = ("encoder", "search", "documents/s", "queries/s", "searches/s", "bytes/vector", "MRR@10", "R@1", "R@10")
+_HEADINGS = ("encoder", "search", "docs/s", "queries/s", "searches/s", "bytes", "MRR@10", "R@1", "R@10")
+_WIDTH = 120  # columns that the table needs; on a narrower terminal better lines that wrap than cells cut short
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
@@ -49,10 +50,9 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     for position, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="left" if position < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, rows[0]))
-    # Wider than most terminals: better lines that wrap than columns cut to nothing.
+        table.add_row(*_cells(row, rows[0], separator="\n"), end_section=True)
     console = Console()
-    console.width = max(console.width, 150)
+    console.width = max(console.width, _WIDTH)
     console.print(table)
 
 
@@ -70,14 +70,14 @@ def write_files(rows: Sequence[Row], title: str, folder: Path) -> list[Path]:
     return paths
 
 
-def _cells(row: Row, base: Row) -> list[str]:
+def _cells(row: Row, base: Row, separator: str) -> list[str]:
     """Speeds with their ratio to the first row's, quality in percent with its difference."""
 
     def speed(value: float, of: float) -> str:
-        return f"{value:,.0f} ({value / of:.2f}x)"
+        return f"{value:,.0f}{separator}({value / of:.2f}x)"
 
     def percent(value: float, of: float) -> str:
-        return f"{100 * value:.1f} ({100 * (value - of):+.1f})"
+        return f"{100 * value:.1f}{separator}({100 * (value - of):+.1f})"
 
     return [
         row.encoder,
@@ -94,7 +94,7 @@ def _cells(row: Row, base: Row) -> list[str]:
 
 def _markdown(rows: Sequence[Row], title: str) -> str:
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---|---|" + "---:|" * (len(_HEADINGS) - 2)]
-    lines += ["| " + " | ".join(_cells(row, rows[0])) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cells(row, rows[0], separator=" ")) + " |" for row in rows]
     return f"{title}\n\n" + "\n".join(lines) + "\n"
 
 

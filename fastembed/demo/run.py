@@ -44,15 +44,18 @@ def run(model_path: str | None, limit: int | None, threads: int | None, output: 
     ]
     for (layer, dim), encoded in exits.items():
         found = searches.float_search(encoded.documents, encoded.queries)
-        rows.append(_row(f"swapped, layer {layer}, dim {dim}", "float", encoded, found))
+        rows.append(_row(f"swapped, exit ({layer}, {dim})", "float", encoded, found))
     for name, (alone, rescored) in (
-        ("1 bit, Hamming", searches.binary_search(ours.documents, ours.queries)),
-        ("2 bits, SDC", searches.sdc_search(ours.documents, ours.queries)),
+        ("Hamming, 1 bit", searches.binary_search(ours.documents, ours.queries)),
+        ("SDC, 2 bits", searches.sdc_search(ours.documents, ours.queries)),
     ):
         rows.append(_row("swapped", name, ours, alone))
-        rows.append(_row("swapped", f"{name}, {searches.CANDIDATES} re-scored", ours, rescored))
+        rows.append(_row("swapped", f"{name} + re-scoring", ours, rescored))
 
-    title = f"{len(pairs)} documents and as many queries, {torch.get_num_threads()} threads"
+    title = (
+        f"{len(pairs)} documents and as many queries, {torch.get_num_threads()} threads; docs/s, queries/s: encoded; "
+        f"bytes: kept per vector; exit: (layer, dim); re-scoring: of the first {searches.CANDIDATES} by float vectors"
+    )
     report.print_table(rows, title)
     for path in report.write_files(rows, title, output):
         console.print(f"wrote {path}")

@@ -35,6 +35,7 @@ inline bool read_in_order(const Tokens& tokens, int64_t columns) { return tokens
 template <class Body>
 inline __attribute__((always_inline)) void for_columns(int64_t columns, const Body& body) {
   int64_t c = 0;
+#pragma GCC unroll 4
   for (; c + Vec::width <= columns; c += Vec::width) body(c, Vec::width);
   if (c < columns) body(c, columns - c);
 }
@@ -67,6 +68,7 @@ class Sums {
     for (int64_t c = 0; c < columns; c += Vec::width) {
       store(sum_ + c, broadcast(0.f));
       store(error_ + c, broadcast(0.f));
+      store(group_ + c, broadcast(0.f));
     }
     const bool in_order = read_in_order(tokens, columns);
     for (int64_t begin = 0; begin < tokens.count; begin += group) {
@@ -97,22 +99,21 @@ class Sums {
     for (int64_t k = 0; k < last; ++k) {
       for_columns(columns_, [&](int64_t c, int64_t lanes) {
         const Vec value = load_lanes(members.at[k] + c, lanes);
-        store(group_ + c,
-              k == 0 ? Weighting::first(value, weights[0]) : Weighting::next(value, weights[k], load(group_ + c)));
+        store(group_ + c, Weighting::add_to(load(group_ + c), value, weights[k]));
       });
     }
     for_columns(columns_, [&](int64_t c, int64_t lanes) {
       const Vec value = load_lanes(members.at[last] + c, lanes);
-      add_group(
-          c, last == 0 ? Weighting::first(value, weights[0]) : Weighting::next(value, weights[last], load(group_ + c)));
+      add_group(c, Weighting::add_to(load(group_ + c), value, weights[last]));
+      store(group_ + c, broadcast(0.f));
     });
   }
 
   void add_side_by_side(const Group<T>& members, const float* weights) {
     for_columns(columns_, [&](int64_t c, int64_t lanes) {
-      Vec sum = Weighting::first(load_lanes(members.at[0] + c, lanes), weights[0]);
-      for (int64_t k = 1; k < group; ++k) {
-        sum = Weighting::next(load_lanes(members.at[k] + c, lanes), weights[k], sum);
+      Vec sum = broadcast(0.f);
+      for (int64_t k = 0; k < group; ++k) {
+        sum = Weighting::add_to(sum, load_lanes(members.at[k] + c, lanes), weights[k]);
       }
       for (int64_t k = 0; k < group; ++k) prefetch_next_group(tokens_, members.at[k] + c);
       add_group(c, sum);
@@ -133,19 +134,15 @@ class Sums {
   const int64_t columns_;
   alignas(64) float sum_[max_columns];
   alignas(64) float error_[max_columns];
-  alignas(64) float group_[max_columns];
+  alignas(64) float group_[max_columns];  // zeros between groups
 };
 
 struct Plain {
-  static inline __attribute__((always_inline)) Vec first(Vec value, float) { return value; }
-  static inline __attribute__((always_inline)) Vec next(Vec value, float, Vec sum) { return add(sum, value); }
+  static inline __attribute__((always_inline)) Vec add_to(Vec sum, Vec value, float) { return add(sum, value); }
 };
 
 struct Weighted {
-  static inline __attribute__((always_inline)) Vec first(Vec value, float weight) {
-    return mul(value, broadcast(weight));
-  }
-  static inline __attribute__((always_inline)) Vec next(Vec value, float weight, Vec sum) {
+  static inline __attribute__((always_inline)) Vec add_to(Vec sum, Vec value, float weight) {
     return multiply_add(value, broadcast(weight), sum);
   }
 };

@@ -1,0 +1,128 @@
+"""Multi-exit pooling: ours, sentence-transformers' modules, and the best that plain PyTorch does.
+
+The hidden states are larger than a last-level cache, as after the layers of a large batch, and the limit is reading their
+valid tokens once. The last case is the opposite: one short query, all overhead.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import fastembed
+
+from .workload import OURS, Case, Context, Faster, OfLimit, Workload, optional_import
+
+st_models = optional_import("sentence_transformers.models")
+
+PEER = "sentence-transformers"
+BMM = "PyTorch bmm"
+# Bytes; hidden states that may stay in a cache between calls owe the memory nothing.
+LARGEST_CACHE = 1 << 26
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+Pooled = list[dict[int, Tensor]]
+
+
+def cases() -> Iterator[Case]:
+    goals = [Faster(PEER, 3.0), Faster(BMM, 1.0), OfLimit(0.75)]
+    yield Case("mean, 6 exits, 32 x 256 x 384", _pooling("mean", 6, 32, 256, 384, goals=goals))
+    yield Case("mean, 6 exits, 32 x 256 x 768", _pooling("mean", 6, 32, 256, 768, goals=goals))
+    yield Case("mean, 6 exits, 8 x 512 x 4096", _pooling("mean", 6, 8, 512, 4096, goals=goals))
+    faster = [Faster(PEER, 3.0), Faster(BMM, 1.0)]
+    yield Case("mean, 6 exits, 32 x 256 x 768, 60% valid", _pooling("mean", 6, 32, 256, 768, valid=0.6, goals=faster))
+    bfloat16 = _pooling("mean", 6, 64, 256, 768, dtype=torch.bfloat16, goals=faster)
+    yield Case("mean, 6 exits, 64 x 256 x 768, bfloat16", bfloat16)
+    yield Case("max, 6 exits, 32 x 256 x 768", _pooling("max", 6, 32, 256, 768, goals=[Faster(PEER, 3.0)]))
+    yield Case("mean, 1 exit, 1 x 8 x 384", _pooling("mean", 1, 1, 8, 384, dims=1, goals=[Faster(PEER, 1.0)]))
+
+
+def _pooling(
+    mode: str,
+    exits: int,
+    batch: int,
+    length: int,
+    size: int,
+    *,
+    dims: int = 5,
+    valid: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    goals: list[Faster | OfLimit],
+) -> Callable[[Context], Workload]:
+    """`dims`: how many, halving from the hidden size; `valid`: mean length of the right-padded sequences."""
+
+    def setup(context: Context) -> Workload:
+        rows, tokens = (min(batch, 2), min(length, 20)) if context.quick else (batch, length)
+        generator = torch.Generator(context.device).manual_seed(0)
+        shape = (rows, tokens, size)
+        hidden_states = [torch.randn(shape, generator=generator, device=context.device).to(dtype) for _ in range(exits)]
+        lengths = torch.linspace(2 * valid - 1, 1, rows, device=context.device).mul(tokens).round()
+        mask = (torch.arange(tokens, device=context.device) < lengths[:, None]).long()
+        prefixes = [size >> i for i in range(dims)]
+
+        providers: dict[str, Callable[[], Pooled]] = {
+            OURS: lambda: fastembed.pool_exits(hidden_states, mask, mode=mode, dims=prefixes)
+        }
+        if st_models is not None:
+            providers[PEER] = _sentence_transformers(hidden_states, mask, mode, prefixes)
+        if mode == "mean":
+            providers[BMM] = lambda: _bmm(hidden_states, mask, prefixes)
+            if not context.quick:  # half a minute of compilation
+                compiled = torch.compile(_masked_mean, dynamic=False)
+                providers["torch.compile"] = lambda: compiled(hidden_states, mask, prefixes)
+
+        expected = [_oracle(hidden, mask, mode, prefixes) for hidden in hidden_states]
+        read = int(mask.sum()) * size * exits * hidden_states[0].element_size()
+        return Workload(
+            providers=providers,
+            verify=lambda _, result: _largest_error(result, expected),
+            tolerance=TOLERANCE[dtype],
+            amount=read,
+            unit="B",
+            demands={"read": read} if read > LARGEST_CACHE else {},
+            goals=goals,
+        )
+
+    return setup
+
+
+def _sentence_transformers(
+    hidden_states: list[Tensor], mask: Tensor, mode: str, dims: list[int]
+) -> Callable[[], Pooled]:
+    """Its modules as they are used: one forward of Pooling and of Normalize for every exit and dim."""
+    pooling = st_models.Pooling(hidden_states[0].shape[-1], pooling_mode=mode)  # type: ignore[union-attr]
+    to_unit = st_models.Normalize()  # type: ignore[union-attr]
+
+    def embed(hidden: Tensor, dim: int) -> Tensor:
+        pooled = pooling({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+        return to_unit({"sentence_embedding": pooled[:, :dim]})["sentence_embedding"]
+
+    return lambda: [{dim: embed(hidden, dim) for dim in dims} for hidden in hidden_states]
+
+
+def _bmm(hidden_states: list[Tensor], mask: Tensor, dims: list[int]) -> Pooled:
+    """The mean as one matrix product per exit: the fastest form we found in plain PyTorch."""
+    weights = (mask / mask.sum(dim=1, keepdim=True)).to(hidden_states[0].dtype)[:, None]
+    pooled = [torch.bmm(weights, hidden)[:, 0] for hidden in hidden_states]
+    return [{dim: normalize(vectors[:, :dim], dim=1) for dim in dims} for vectors in pooled]
+
+
+def _masked_mean(hidden_states: list[Tensor], mask: Tensor, dims: list[int]) -> Pooled:
+    """What a compiler can fuse."""
+    weights = (mask / mask.sum(dim=1, keepdim=True))[..., None]
+    pooled = [(hidden * weights).sum(dim=1) for hidden in hidden_states]
+    return [{dim: normalize(vectors[:, :dim], dim=1) for dim in dims} for vectors in pooled]
+
+
+def _oracle(hidden: Tensor, mask: Tensor, mode: str, dims: list[int]) -> dict[int, Tensor]:
+    with fastembed.use_backend("reference"):
+        return fastembed.pool_exits([hidden.double()], mask, mode=mode, dims=dims)[0]
+
+
+def _largest_error(result: Any, expected: Pooled) -> float:
+    return max(
+        (by_dim[dim].double() - exact).abs().max().item()
+        for by_dim, exacts in zip(result, expected, strict=True)
+        for dim, exact in exacts.items()
+    )

@@ -1,6 +1,6 @@
 """Multi-exit pooling: ours, sentence-transformers' modules, and the best that plain PyTorch does.
 
-The hidden states are larger than a last-level cache, as after the layers of a large batch, and the limit is reading their
+The hidden states are larger than a last-level cache, as after the layers of a large batch; the limit is reading their
 valid tokens once. The last case is the opposite: one short query, all overhead.
 """
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 import fastembed
 
-from .workload import OURS, Case, Context, Faster, OfLimit, Workload, optional_import
+from . import OURS, Case, Context, Faster, OfLimit, Workload, optional_import
 
 st_models = optional_import("sentence_transformers.models")
 

@@ -253,12 +253,14 @@ def _pool_exits_cuda(
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
     _, sequences, tokens, *_ = call.arguments
     first = hidden_states[0]
-    floats = _native.cuda.pool_exits_workspace(
+    cuda = _native.cuda
+    assert cuda is not None, "the backend is chosen only where it is available"
+    floats = cuda.pool_exits_workspace(
         len(hidden_states), max(map(max, dims)), sequences, tokens, cu_seqlens is not None
     )
     with current_stream(first.device) as stream:
         workspace = first.new_empty(floats, dtype=torch.float32)
-        _native.cuda.pool_exits(*call.arguments, workspace.data_ptr(), stream)
+        cuda.pool_exits(*call.arguments, workspace.data_ptr(), stream)
     return call.outputs
 
 

@@ -29,8 +29,8 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
     "thread": ["-fsanitize=thread"],
 }
-# The simulated machine itself is not instrumented: its own bookkeeping is no business of the sanitizers'. It tells them
-# of its fibers instead, for which it must know which one is there.
+# Only .cu files are instrumented. The simulated machine's own bookkeeping is no business of the sanitizers'; it tells
+# them of its fibers instead, for which it must know which one is there.
 SHIM_FLAGS = {"none": [], "address": ["-DCUDA_ON_CPU_ASAN"], "thread": ["-DCUDA_ON_CPU_TSAN"]}
 FLAGS = [
     "-std=c++20",
@@ -114,7 +114,6 @@ def link(
     sanitizer: str = "none",
     *,
     includes: Sequence[str] = (),
-    defines: Sequence[str] = (),
     shared: bool = False,
 ) -> Path:
     """Compile `sources` (.cu and .cpp) with the shim into a program or, if `shared`, a library called `name`."""
@@ -123,15 +122,14 @@ def link(
     mirror = _rewritten_tree()
     include_flags = [f"-I{path}" for path in (SHIM, mirror, CSRC, *includes)]
     include_flags += [flag for path in folders for flag in ("-isystem", str(path))]
-    define_flags = [f"-D{define}" for define in defines]
     jobs: list[tuple[Path, list[str]]] = [
         (source, [*FLAGS, *SHIM_FLAGS[sanitizer], *include_flags]) for source in sorted(SHIM.glob("*.cpp"))
     ]
     for source in sources:
-        flags = [*FLAGS, *SANITIZERS[sanitizer], *define_flags, *include_flags]
+        flags = [*FLAGS, *include_flags]
         if source.suffix == ".cu":
             source = _rewritten(source, mirror)
-            flags += ["-include", str(SHIM / "device.hpp")]
+            flags += [*SANITIZERS[sanitizer], "-include", str(SHIM / "device.hpp")]
         jobs.append((source, flags))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         # Uninstrumented copies of the standard library's inline functions come first, for the linker takes the first.

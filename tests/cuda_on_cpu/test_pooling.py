@@ -57,6 +57,17 @@ def test_padded(thread_order: str, mode: str, dtype: torch.dtype) -> None:
     check(Call([hidden, hidden[..., :264]], {"attention_mask": mask, "mode": mode, "dims": [[300, 7, 264], [64]]}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", ["max", "lasttoken", "weightedmean"])
+def test_sanitized(mode: str, dtype: torch.dtype) -> None:
+    """Small, for the runs under sanitizers: two chunks, a narrow exit, a vectorised and an odd width, wrong offsets."""
+    mask = mask_with_holes(2, CHUNK + 5)
+    hidden = _random((2, CHUNK + 5, 40), 7, dtype)
+    check(Call([hidden, hidden[..., :3]], {"attention_mask": mask, "mode": mode, "dims": [[8, 40], [3]]}))
+    check(Call([hidden[0]], {"cu_seqlens": torch.tensor([0, 2, CHUNK + 5]), "mode": mode, "dims": [37]}))
+    fastembed.pool_exits([hidden[0]], cu_seqlens=torch.tensor([9, -(2**40), 2**40, 3]), mode=mode)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_packed(thread_order: str, mode: str) -> None:
     """Sequences that begin and end on, before and after the edges of chunks; empty ones between them."""

@@ -33,6 +33,8 @@ using device::warp_threads;
 // Each warp of reduce_chunks takes 32 tokens, whose mask fits one ballot.
 constexpr int reduce_warps = 4;
 constexpr int chunk_tokens = reduce_warps * warp_threads;
+// Blocks per multiprocessor that registers are allotted for.
+constexpr int reduce_blocks = 3;
 // Loads that a thread has in flight.
 constexpr int tokens_in_flight = 4;
 template <class T>
@@ -215,7 +217,7 @@ __device__ void reduce_tokens(unsigned valid, float first_weight, float weight_s
 
 // Grid: slots, tiles of columns, exits.
 template <class T, class Step, bool vectorised>
-__global__ void __launch_bounds__(chunk_tokens) reduce_chunks(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(chunk_tokens, reduce_blocks) reduce_chunks(const __grid_constant__ Plan plan) {
   const DeviceExit& exit = plan.exits[blockIdx.z];
   const int first_column = blockIdx.y * tile_columns<T>;
   if (first_column >= exit.columns) return;

@@ -147,16 +147,19 @@ def sanitizer_environment(sanitizer: str) -> dict[str, str]:
     """What a Python process needs in its environment to load a module built with `sanitizer`."""
     if sanitizer == "none":
         return {}
-    library = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
-    runtime = subprocess.run(
-        [compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # libstdc++ too: the sanitizer must find __cxa_throw before Python loads the module.
+    libraries = ({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so")
     return {
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(map(_runtime_library, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"halt_on_error=1:suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}",
     }
+
+
+def _runtime_library(name: str) -> str:
+    command = [compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _rewritten_tree() -> Path:

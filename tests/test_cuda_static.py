@@ -1,0 +1,44 @@
+"""The CUDA kernels as nvcc compiles them for each architecture."""
+
+import pytest
+
+from bench.static import KernelResources
+from bench.static.cuda import ARCHS, _parse, nvcc, rows
+
+
+@pytest.fixture(scope="module")
+def table() -> list[KernelResources]:
+    if nvcc() is None:
+        pytest.skip("nvcc was found neither on PATH nor under CUDA_HOME")
+    return rows()
+
+
+def test_every_kernel_compiles_for_every_architecture(table: list[KernelResources]) -> None:
+    by_arch = [{row.kernel for row in table if row.arch == f"sm_{arch}"} for arch in ARCHS]
+    assert by_arch[0] == by_arch[1] == by_arch[2]
+    assert len(table) == len(ARCHS) * len(by_arch[0])
+    assert by_arch[0] >= {"pooling.finish_rows", "pooling.reduce_chunks[__nv_bfloat16, WeightedSum, true]"}
+
+
+def test_nothing_spills(table: list[KernelResources]) -> None:
+    assert [row for row in table if row.spill_bytes or row.stack_bytes] == []
+
+
+def test_nothing_is_added_atomically(table: list[KernelResources]) -> None:
+    assert [row for row in table if "atomics" in row.notes] == []
+
+
+def test_vectorised_kernels_load_16_bytes_at_a_time(table: list[KernelResources]) -> None:
+    assert all("16-byte loads" in row.notes for row in table if row.kernel.endswith(", true]"))
+
+
+def test_the_log_of_ptxas_is_read() -> None:
+    log = (
+        "ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90'\n"
+        "ptxas info    : Function properties for _Z1kPf\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem, 360 bytes cmem[0]\n"
+    )
+    assert _parse(log) == [
+        {"name": "_Z1kPf", "arch": "90", "stack": "8", "stores": "4", "loads": "12", "registers": "40", "shared": "4096"}
+    ]

@@ -40,5 +40,13 @@ def test_the_log_of_ptxas_is_read() -> None:
         "ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem, 360 bytes cmem[0]\n"
     )
     assert _parse(log) == [
-        {"name": "_Z1kPf", "arch": "90", "stack": "8", "stores": "4", "loads": "12", "registers": "40", "shared": "4096"}
+        {
+            "name": "_Z1kPf",
+            "arch": "90",
+            "stack": "8",
+            "stores": "4",
+            "loads": "12",
+            "registers": "40",
+            "shared": "4096",
+        }
     ]

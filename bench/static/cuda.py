@@ -40,10 +40,7 @@ def rows() -> list[KernelResources]:
         RuntimeError: there is no nvcc, or it refuses a file.
     """
     return [
-        row
-        for source in sorted(CSRC.rglob("*.cu"))
-        if "__global__" in source.read_text()
-        for row in _resources(source)
+        row for source in sorted(CSRC.rglob("*.cu")) if "__global__" in source.read_text() for row in _resources(source)
     ]
 
 

@@ -76,6 +76,8 @@ def main() -> int:
         "pytest",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "pythonpath=",
         "-k",
         SELECTION[arguments.sanitizer],
     ]

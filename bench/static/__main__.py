@@ -1,4 +1,4 @@
-"""`python -m bench.static`: compiles every GPU kernel and writes what the compilers say to bench/results/gpu_static.*"""
+"""`python -m bench.static`: compiles every GPU kernel and writes what the compilers say to bench/results/."""
 
 import csv
 import dataclasses

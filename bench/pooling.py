@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 import fastembed
 
-from . import OURS, Case, Context, Faster, OfLimit, Workload, optional_import
+from . import Case, Context, Faster, OfLimit, Workload, optional_import
+from .harness.workload import OURS
 
 st_models = optional_import("sentence_transformers.models")
 

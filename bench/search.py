@@ -74,9 +74,7 @@ def _hamming(
             tolerance=0,
             amount=pairs,
             unit="pair",
-            demands={"popcount": pairs * bits, "read": c.nbytes}
-            if count * bits > 2**30
-            else {"popcount": pairs * bits},
+            demands=demands,
             goals=[] if goal is None else [Faster("FAISS", goal)],
         )
 

@@ -34,7 +34,7 @@ using device::warp_threads;
 constexpr int reduce_warps = 4;
 constexpr int chunk_tokens = reduce_warps * warp_threads;
 // Blocks per multiprocessor that registers are allotted for.
-constexpr int reduce_blocks = 3;
+constexpr int reduce_blocks = 4;
 // Loads that a thread has in flight.
 constexpr int tokens_in_flight = 4;
 template <class T>

@@ -216,3 +216,10 @@ def test_meta_tensors_give_shapes() -> None:
     assert [{dim: (t.shape, t.dtype) for dim, t in by_dim.items()} for by_dim in pooled] == [
         {dim: ((3, dim), torch.float16) for dim in dims} for dims in DIMS
     ]
+
+
+def test_a_forced_backend_leaves_pooling_trainable() -> None:
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    with fastembed.use_backend("cpu"):
+        fastembed.pool_exits([hidden])[0][16].sum().backward()
+    assert hidden.grad is not None

@@ -23,7 +23,8 @@ class Op:
 
     Args:
         schema: as `torch.library.Library.define` takes it, name included.
-        implementations: a function per backend name; "reference" MUST be there.
+        implementations: a function per backend name; "reference" MUST be there. Alone it serves every backend: an op
+            that has no kernels anywhere yet, such as a backward, must not break a model whose backend was forced.
         fake: the op on fake tensors: shapes, dtypes and strides only.
         accepts: dtypes of the first tensor that a backend handles; others fall to the reference. A backend not
             listed accepts everything.
@@ -68,7 +69,7 @@ class Op:
 
     def _choose(self, device: str, dtype: torch.dtype) -> str:
         forced = backends.forced_backend()
-        if forced is not None:
+        if forced is not None and len(self._implementations) > 1:
             if forced not in self._implementations:
                 raise NotImplementedError(f"fastembed::{self.name} has no {forced!r} backend yet")
             if (problem := _device_problem(forced, device)) is not None:

@@ -6,7 +6,7 @@
 `rewriter.py` turns the CUDA syntax into C++, `shim/` is the simulated machine (machine.hpp says what it models and
 reports), `build.py` compiles both into a module that takes the place of `fastembed._cuda`.
 
-A new family needs nothing here but its tests, unless it uses PTX. PTX belongs in headers of csrc/common that hold nothing
-else; the harness then gets a header of the same name with the same functions, written for the simulated machine, in a
-folder that stands before csrc on the include path.
+A new family needs nothing here but its tests, unless it uses PTX. PTX belongs in headers of csrc/common that hold
+nothing else; the harness then gets a header of the same name with the same functions, written for the simulated
+machine, in a folder that stands before csrc on the include path.
 """

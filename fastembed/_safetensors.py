@@ -1,0 +1,59 @@
+"""Tensors and settings in one safetensors file, replaced whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_KEY = "fastembed"
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write tensors, and settings that JSON can hold, to a temporary file beside `path`, sync it and rename it."""
+    from safetensors.torch import save
+
+    # Each tensor with memory of its own: safetensors refuses shared memory.
+    owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    data = save(owned, {_KEY: json.dumps(dict(settings))})
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync_folder(target.parent)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the settings that `write_safetensors` wrote.
+
+    Raises:
+        ValueError: the file is not one of those, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    Path(path).stat()  # an absent file is FileNotFoundError, not damage
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})[_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"path must be an undamaged fastembed safetensors file, got {os.fspath(path)}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -11,6 +11,7 @@ from .ops.search import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MultiExitEncoder",
     "QuantConfig",
     "SDCCodes",
     "SwapReport",
@@ -30,6 +31,7 @@ __all__ = [
 
 if _torch is not None:
     from . import nn
+    from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
     from .quantize import QuantConfig
     from .swap import SwapReport, swap, unswap

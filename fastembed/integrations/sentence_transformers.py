@@ -1,4 +1,4 @@
-"""sentence-transformers' Pooling, and the Normalize after it, in one pass over the tokens."""
+"""sentence-transformers' modules: its Pooling, and the Normalize after it, in one pass over the tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +8,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 
 from ..ops.pooling import pool_exits
+from .prompts import valid_tokens
 
 # sentence-transformers' names that differ from ours.
-_MODES = {"mean_sqrt_len_tokens": "mean_sqrt_len"}
+MODES = {"mean_sqrt_len_tokens": "mean_sqrt_len"}
 
 # Features of older modules (WordWeights, CLS-only encoders) that change what pooling means.
 _SPECIAL_FEATURES = ("cls_token_embeddings", "token_weights_sum")
@@ -41,12 +42,12 @@ class FusedPooling(Pooling):
             return features
         tokens = features["token_embeddings"]
         offsets = features.get("cu_seq_lens_q")
-        mask = None if offsets is not None else _valid_tokens(tokens, features.get("attention_mask"), prompt_length)
+        mask = None if offsets is not None else valid_tokens(tokens, features.get("attention_mask"), prompt_length)
         modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
         vectors: list[Tensor] = []
         for mode in modes:
             (exit,) = pool_exits(
-                [tokens], mask, cu_seqlens=offsets, mode=_MODES.get(mode, mode), normalize=self.normalize
+                [tokens], mask, cu_seqlens=offsets, mode=MODES.get(mode, mode), normalize=self.normalize
             )
             vectors.extend(exit.values())
         features["sentence_embedding"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
@@ -81,19 +82,6 @@ def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, s
                 and isinstance(child.pooling_mode, str)
             )
             yield parent, name, child, next_name if fuses else None
-
-
-def _valid_tokens(tokens: Tensor, mask: Tensor | None, prompt_length: int) -> Tensor | None:
-    """The mask [B, T] to pool over, or None for every token."""
-    if mask is None or mask.shape[-1] != tokens.shape[1]:
-        if not prompt_length:
-            return None
-        mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    if prompt_length:
-        first = mask.to(torch.int32).argmax(dim=1, keepdim=True)
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        mask = mask * (positions >= first + prompt_length)
-    return mask
 
 
 def _as_int(prompt_length: int | Tensor) -> int:

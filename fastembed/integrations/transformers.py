@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Tokens that go through the encoder together on the CPU. The activations of one slice then stay in the caches; those of
-# a batch of 32 long texts do not, and their buffers are so large that every layer gets them from the kernel afresh.
-SLICE_TOKENS = 1024
+from .batches import SLICE_TOKENS
 
 # Arguments of an encoder's forward that hold one row per sequence.
 _BATCHED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

@@ -1,0 +1,354 @@
+"""MultiExitEncoder: embeddings from several layers of a model in one forward pass, pooled as the layers run."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .integrations.backbones import find_backbone, stream_layers
+from .integrations.batches import Tokenizer, batches_by_length
+from .integrations.prompts import valid_tokens
+from .ops.pooling import MODES, pool_exits
+from .ops.search import pack_bits
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Exit = tuple[int, int]
+
+PRECISIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda embeddings: embeddings.float(),
+    "float16": lambda embeddings: embeddings.half(),
+    "int8": lambda embeddings: _to_int8(embeddings.float()),
+    "ubinary": lambda embeddings: pack_bits(embeddings.float()),
+}
+
+# Weights that sum to 1 let an affine head act on the pooled vector instead of on every token.
+_AFFINE_MODES = ("mean", "cls", "lasttoken", "weightedmean")
+
+
+class MultiExitEncoder(nn.Module):
+    """An encoder with several exits: pairs of a layer and a number of Matryoshka dims, all from one forward pass.
+
+    Every exit is pooled the moment its layer has run, so no hidden states are kept; the pass ends after the last exit
+    asked for. Exits of one layer share one pass over its hidden states (`fastembed.pool_exits`).
+
+    Works on the modules of the model given, which stays usable by itself, swapped (`fastembed.swap`) or not; the
+    parameters are shared. Gradients flow through every exit, so it can be trained.
+
+    Args:
+        model: a SentenceTransformer, whose tokenizer, pooling mode, normalisation and prompts are taken over; or a
+            transformers model, encoder or decoder, text or vision.
+        exits: (layer, dim) pairs; layer 0 is the embedding output, layer L the last. None: all dims of the last.
+        tokenizer: of the transformers model, for `encode`.
+        mode: how tokens are pooled, as in `pool_exits`. None: as the SentenceTransformer does, else "mean".
+        normalize: whether embeddings are L2-normalised, after truncation. None: as the SentenceTransformer does, else
+            True.
+        include_prompt: whether the tokens of a prompt are pooled too. None: as the SentenceTransformer does, else True.
+        final_norm: whether hidden states of earlier layers go through the norm behind the last one as well. It makes
+            no difference to models that normalise inside each layer (BERT and its kin); for the others (ModernBERT,
+            Llama, T5, ViT and so on) earlier hidden states come without it, as `output_hidden_states` has them, where
+            a model cut off at that layer would normalise them. The last layer's always go through it.
+        heads: for exits of some layers a module from hidden_size features to any number of them. An `nn.Linear` acts
+            on the pooled vector where that is the same (not for "max", nor for "mean_sqrt_len" with a bias); anything
+            else acts on every token first.
+        layers: where the list of layers stands in the model ("encoder.layer"), if it is not found by itself.
+        max_length: tokens that `encode` keeps of a text. None: as many as the tokenizer says.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: exits out of range, repeated or none; an unknown mode; a model whose layers are not found; a head
+            for a layer without exit, or of the wrong number of features.
+
+    Sources: exits by layer and dim, arXiv 2402.14776 (2D Matryoshka), arXiv 2410.13230 (Starbucks) and arXiv 2503.03008
+    (ModularStarEncoder, with heads).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        exits: Sequence[Exit] | None = None,
+        *,
+        tokenizer: Any = None,
+        mode: str | None = None,
+        normalize: bool | None = None,
+        include_prompt: bool | None = None,
+        final_norm: bool = False,
+        heads: Mapping[int, nn.Module] | None = None,
+        layers: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        prompts: Mapping[str, str] = {}
+        if _is_sentence_transformer(model):
+            from .integrations.exit_models import read_pipeline
+
+            pipeline = read_pipeline(model)  # type: ignore[arg-type]
+            model, prompts = pipeline.model, pipeline.prompts
+            tokenizer = pipeline.tokenizer if tokenizer is None else tokenizer
+            max_length = pipeline.max_length if max_length is None else max_length
+            mode = pipeline.mode if mode is None else mode
+            normalize = pipeline.normalize if normalize is None else normalize
+            include_prompt = pipeline.include_prompt if include_prompt is None else include_prompt
+        self.model = model
+        self.training = model.training
+        self.mode = "mean" if mode is None else mode
+        self.normalize = True if normalize is None else normalize
+        self.include_prompt = True if include_prompt is None else include_prompt
+        self.final_norm = final_norm
+        self.prompts = dict(prompts)
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self._backbone = backbone = find_backbone(model, layers)
+        self.heads = nn.ModuleDict(_check_heads(heads, backbone.hidden_size))
+        widths = {int(layer): _head_width(head, backbone.hidden_size) for layer, head in self.heads.items()}
+        depth = len(backbone.layers)
+        self.exits = _check_exits([(depth, widths.get(depth, backbone.hidden_size))] if exits is None else exits)
+        for layer, dim in self.exits:
+            if not 0 <= layer <= depth:
+                raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
+            if not 1 <= dim <= widths.get(layer, backbone.hidden_size):
+                width = widths.get(layer, backbone.hidden_size)
+                raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
+        if idle := widths.keys() - {layer for layer, _ in self.exits}:
+            raise ValueError(f"heads must belong to layers with an exit, got one for layer {min(idle)}")
+        self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer, max_length)
+
+    def forward(
+        self, exits: Sequence[Exit] | None = None, *, prompt_length: int = 0, **inputs: Any
+    ) -> dict[Exit, Tensor]:
+        """Embeddings of a batch.
+
+        Args:
+            exits: which of the encoder's exits; the pass stops after the last of them. None: all.
+            prompt_length: tokens at the start of every sequence that are left out of pooling.
+            **inputs: what the model's forward takes: input_ids [B, T] and attention_mask [B, T], or pixel_values, ...
+                Without an attention mask every token counts.
+
+        Returns:
+            (layer, dim) -> [B, dim], in the dtype of the hidden states.
+
+        Raises:
+            ValueError: exits that this encoder does not have, or hidden states of another shape than the mask.
+        """
+        wanted = self._choose(exits)
+        by_layer: dict[int, list[int]] = {}
+        for layer, dim in wanted:
+            by_layer.setdefault(layer, []).append(dim)
+        backbone = self._backbone
+        last = max(by_layer)
+        norm = backbone.final_norm
+        mask = inputs.get("attention_mask")
+        pooled: dict[Exit, Tensor] = {}
+
+        def pool(layer: int, hidden: Tensor) -> None:
+            if layer not in by_layer:
+                return
+            if norm is not None and (self.final_norm or layer == len(backbone.layers)):
+                hidden = norm(hidden)
+            if mask is not None and tuple(hidden.shape[:2]) != tuple(mask.shape):
+                raise ValueError(
+                    f"hidden states of layer {layer} must be [B, T, D] with B, T = {list(mask.shape)} as in "
+                    f"attention_mask, got {list(hidden.shape)}"
+                )
+            prefixes = self._pool(hidden, valid_tokens(hidden, mask, prompt_length), by_layer[layer], layer)
+            pooled.update({(layer, dim): prefix for dim, prefix in prefixes.items()})
+
+        stream_layers(backbone, inputs, last, pool)
+        return {exit: pooled[exit] for exit in wanted}
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        exits: Sequence[Exit] | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_size: int = 32,
+        precision: str = "float32",
+        show_progress_bar: bool = False,
+    ) -> dict[Exit, np.ndarray]:
+        """Embeddings of texts, batched by their number of tokens, in inference mode.
+
+        Args:
+            texts: a list of strings.
+            exits: which of the encoder's exits. None: all.
+            prompt: put in front of every text. `prompt_name`: the prompt of that name of the SentenceTransformer.
+            batch_size: texts that go through the model together, at most; on the CPU long texts go in fewer.
+            precision: "float32"; "float16"; "int8", each vector times 127 over its largest magnitude, which leaves
+                cosines as they are; "ubinary", packed sign bits as `fastembed.pack_bits` makes them.
+            show_progress_bar: whether to show one.
+
+        Returns:
+            (layer, dim) -> [len(texts), dim] (ubinary: [len(texts), ceil(dim / 8)]), in the order of the texts.
+
+        Raises:
+            TypeError: texts is one string or holds something else.
+            ValueError: no tokenizer, an unknown precision or prompt name, or a batch size below 1.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(
+                "texts must be a list of strings, got " + ("one string" if isinstance(texts, str) else "other items")
+            )
+        if self._tokenizer is None:
+            raise ValueError("tokenizer must be given to the MultiExitEncoder before texts can be encoded, got None")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        wanted = self._choose(exits)
+        prompt = self._prompt(prompt, prompt_name)
+        prompt_length = 0 if self.include_prompt else self._tokenizer.prompt_length(prompt)
+        device = next(self.model.parameters()).device
+        convert = PRECISIONS[precision]
+        results: dict[Exit, np.ndarray] = {}
+        with self._evaluating(), torch.inference_mode():
+            for rows, inputs in batches_by_length(
+                self._tokenizer, texts, prompt, batch_size, device, show_progress_bar
+            ):
+                for exit, embedding in self(wanted, prompt_length=prompt_length, **inputs).items():
+                    piece = convert(embedding).cpu().numpy()
+                    if exit not in results:
+                        results[exit] = np.empty((len(texts), piece.shape[1]), dtype=piece.dtype)
+                    results[exit][rows] = piece
+        return results or {exit: convert(torch.empty(0, exit[1])).numpy() for exit in wanted}
+
+    def sentence_transformer(self, exit: Exit | None = None) -> "SentenceTransformer":
+        """One exit as a SentenceTransformer of its own, with the layers behind it left out; shares the parameters.
+
+        It encodes, saves and loads as any other, with or without fastembed, and gives the embeddings of `encode`.
+
+        Args:
+            exit: one of the encoder's exits. None: the last.
+
+        Raises:
+            ValueError: not an exit of this encoder; one that a shorter model would not give (see `final_norm`); or no
+                tokenizer.
+        """
+        from .integrations.exit_models import exit_model
+
+        (wanted,) = self._choose([self.exits[-1]] if exit is None else [exit])
+        backbone = self._backbone
+        layer, _ = wanted
+        if backbone.final_norm is not None and not self.final_norm and layer < len(backbone.layers):
+            raise ValueError(
+                f"exit {wanted} must go through the norm behind the last layer, as it does in a shorter model: build "
+                "the MultiExitEncoder with final_norm=True"
+            )
+        if self._tokenizer is None:
+            raise ValueError("tokenizer must be given to the MultiExitEncoder, got None")
+        head = self._head(layer)
+        return exit_model(
+            backbone, wanted, self._tokenizer, head, self.mode, self.normalize, self.include_prompt, self.prompts
+        )
+
+    def extra_repr(self) -> str:
+        return f"exits={list(self.exits)}, mode={self.mode!r}, normalize={self.normalize}, final_norm={self.final_norm}"
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode. Left alone where it is set, so that threads may encode side by side."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _choose(self, exits: Sequence[Exit] | None) -> tuple[Exit, ...]:
+        if exits is None:
+            return self.exits
+        chosen = _check_exits(exits)
+        for exit in chosen:
+            if exit not in self.exits:
+                raise ValueError(f"exits must be of this encoder's, {list(self.exits)}, got {exit}")
+        return chosen
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if name is None:
+            return prompt or ""
+        if prompt is not None:
+            raise ValueError(f"prompt must be None when prompt_name is given, got {prompt!r}")
+        if name not in self.prompts:
+            raise ValueError(f"prompt_name must be one of {', '.join(self.prompts) or 'none'}, got {name!r}")
+        return self.prompts[name]
+
+    def _head(self, layer: int) -> nn.Module | None:
+        return self.heads[str(layer)] if str(layer) in self.heads else None  # noqa: SIM401, a ModuleDict has no get
+
+    def _pool(self, hidden: Tensor, mask: Tensor | None, dims: list[int], layer: int) -> dict[int, Tensor]:
+        head = self._head(layer)
+        if head is None:
+            return pool_exits([hidden], mask, mode=self.mode, dims=dims, normalize=self.normalize)[0]
+        if not _commutes(head, self.mode):
+            return pool_exits([head(hidden)], mask, mode=self.mode, dims=dims, normalize=self.normalize)[0]
+        (whole,) = pool_exits([hidden], mask, mode=self.mode, normalize=False)
+        projected = head(whole[hidden.shape[-1]])
+        if mask is not None:  # a sequence without valid tokens stays zero, whatever the bias
+            projected = torch.where(mask.bool().any(dim=1, keepdim=True), projected, 0)
+        # One token per sequence: pooling it is truncating and normalising it.
+        return pool_exits([projected[:, None]], mode="cls", dims=dims, normalize=self.normalize)[0]
+
+
+def _check_exits(exits: Sequence[Exit]) -> tuple[Exit, ...]:
+    if not isinstance(exits, (list, tuple)) or not exits:
+        raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
+    checked = []
+    for exit in exits:
+        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
+            raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
+        if (pair := (exit[0], exit[1])) in checked:
+            raise ValueError(f"exits must not repeat, got {pair} twice")
+        checked.append(pair)
+    return tuple(checked)
+
+
+def _check_heads(heads: Mapping[int, nn.Module] | None, hidden_size: int) -> dict[str, nn.Module]:
+    checked = {}
+    for layer, head in (heads or {}).items():
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"heads must map layers to modules, got a {type(head).__name__} for layer {layer}")
+        if getattr(head, "in_features", hidden_size) != hidden_size:
+            raise ValueError(
+                f"heads must take the model's {hidden_size} features, got one of {head.in_features} for layer {layer}"
+            )
+        checked[str(layer)] = head
+    return checked
+
+
+def _head_width(head: nn.Module, hidden_size: int) -> int:
+    """Features that come out of a head."""
+    if isinstance(width := getattr(head, "out_features", None), int):
+        return width
+    parameter = next(head.parameters(), torch.empty(0))
+    with torch.no_grad():
+        output: Tensor = head(torch.zeros(1, 1, hidden_size, dtype=parameter.dtype, device=parameter.device))
+    return output.shape[-1]
+
+
+def _commutes(head: nn.Module, mode: str) -> bool:
+    """Whether the head of a pooled vector is the pooled vector of the head."""
+    if not isinstance(head, nn.Linear):
+        return False
+    return mode in _AFFINE_MODES or (mode == "mean_sqrt_len" and head.bias is None)
+
+
+def _is_sentence_transformer(model: nn.Module) -> bool:
+    if "sentence_transformers" not in sys.modules:  # then no model can be one of its
+        return False
+    from sentence_transformers import SentenceTransformer
+
+    return isinstance(model, SentenceTransformer)
+
+
+def _to_int8(embeddings: Tensor) -> Tensor:
+    largest = embeddings.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (embeddings * (127 / largest)).round().to(torch.int8)

@@ -1,0 +1,125 @@
+"""Exits and SentenceTransformers: what a MultiExitEncoder takes over from one, and one exit as one."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from torch import nn
+
+from .backbones import Backbone
+from .batches import Tokenizer
+from .sentence_transformers import MODES, FusedPooling
+from .surgery import Absorbed, is_changed
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a SentenceTransformer does: the parts of a MultiExitEncoder."""
+
+    model: nn.Module
+    tokenizer: Any
+    max_length: int | None
+    mode: str
+    normalize: bool
+    include_prompt: bool
+    prompts: Mapping[str, str]
+
+
+def read_pipeline(model: SentenceTransformer) -> Pipeline:
+    """Take a SentenceTransformer of a Transformer, a Pooling and perhaps a Normalize apart.
+
+    Raises:
+        ValueError: it is made of other modules.
+    """
+    transformer, *rest = model
+    poolings = [module for module in rest if isinstance(module, Pooling)]
+    others = [module for module in rest if not isinstance(module, (Pooling, Normalize, Absorbed))]
+    if not isinstance(transformer, Transformer) or len(poolings) != 1 or others:
+        raise ValueError(
+            "model must be a SentenceTransformer of a Transformer, a Pooling and perhaps a Normalize, got "
+            f"{', '.join(type(module).__name__ for module in model)}: pass its transformers model, tokenizer and heads"
+        )
+    (pooling,) = poolings
+    if not isinstance(pooling.pooling_mode, str):
+        raise ValueError(f"model must pool in one mode, got {pooling.pooling_mode}: pass its transformers model")
+    normalizes = any(isinstance(module, Normalize) for module in rest)
+    return Pipeline(
+        transformer.auto_model,
+        model.tokenizer,
+        model.max_seq_length,
+        MODES.get(pooling.pooling_mode, pooling.pooling_mode),
+        normalizes or (isinstance(pooling, FusedPooling) and pooling.normalize),
+        pooling.include_prompt,
+        {name: prompt for name, prompt in model.prompts.items() if prompt},
+    )
+
+
+def exit_model(
+    backbone: Backbone,
+    exit: tuple[int, int],
+    tokenizer: Tokenizer,
+    head: nn.Module | None,
+    mode: str,
+    normalize: bool,
+    include_prompt: bool,
+    prompts: Mapping[str, str],
+) -> SentenceTransformer:
+    """A SentenceTransformer of the layers up to an exit, sharing their parameters.
+
+    Raises:
+        ValueError: the model is swapped, or the head is no nn.Linear, which is the one kind that saves.
+    """
+    layer, dim = exit
+    if is_changed(backbone.model):
+        raise ValueError("model must not be swapped, because what is saved is the original: unswap it first")
+    if head is not None and not isinstance(head, nn.Linear):
+        raise ValueError(f"heads must be nn.Linear to be saved, got a {type(head).__name__} for layer {layer}")
+    model = _cut_off(backbone, layer)
+    with TemporaryDirectory() as folder:  # a Transformer is only made from files
+        model.save_pretrained(folder)
+        tokenizer.tokenizer.save_pretrained(folder)
+        transformer = Transformer(folder, max_seq_length=tokenizer.max_length)
+    transformer.model = model
+    names = {ours: theirs for theirs, ours in MODES.items()}
+    modules: list[nn.Module] = [
+        transformer,
+        Pooling(backbone.hidden_size, names.get(mode, mode), include_prompt=include_prompt),
+    ]
+    if head is not None or dim < backbone.hidden_size:
+        modules.append(_projection(head, dim, backbone.hidden_size))
+    if normalize:
+        modules.append(Normalize())
+    device = next(model.parameters()).device
+    return SentenceTransformer(modules=modules, prompts=dict(prompts), device=str(device)).train(model.training)
+
+
+def _projection(head: nn.Linear | None, dim: int, hidden_size: int) -> Dense:
+    """The head's first `dim` features; without a head, the first `dim` of the pooled vector, by rows of the identity.
+
+    SentenceTransformer's own truncate_dim comes after its Normalize, and leaves vectors shorter than 1.
+    """
+    dense = Dense(hidden_size, dim, bias=head is not None and head.bias is not None, activation_function=nn.Identity())
+    with torch.no_grad():
+        dense.linear.weight.copy_(torch.eye(dim, hidden_size) if head is None else head.weight[:dim])
+        if head is not None and head.bias is not None:
+            dense.linear.bias.copy_(head.bias[:dim])
+    return dense
+
+
+def _cut_off(backbone: Backbone, layer: int) -> Any:
+    """A copy of the model with the layers after `layer` left out. The tensors are the same, not copies."""
+    tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    memo.update({id(dropped): nn.Identity() for dropped in backbone.layers[layer:]})
+    model: Any = copy.deepcopy(backbone.model, memo)
+    parent, _, name = backbone.path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = model.get_submodule(backbone.path)[:layer]
+    model.config.num_hidden_layers = layer
+    if (types := getattr(model.config, "layer_types", None)) is not None:
+        model.config.layer_types = types[:layer]
+    return model

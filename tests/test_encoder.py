@@ -1,0 +1,357 @@
+"""MultiExitEncoder against the hidden states that the models themselves return."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+from torch import nn
+
+import fastembed
+from fastembed import MultiExitEncoder, pool_exits
+
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+_TEXT = {**_SIZES, "vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
+_DECODER = {**_TEXT, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
+_IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
+
+# Model, and the config it is made from. Those of tests/tiny_models.py come on top.
+MODELS = {
+    "t5": (
+        transformers.T5EncoderModel,
+        transformers.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_heads=4, pad_token_id=0),
+    ),
+    "starcoder2": (transformers.Starcoder2Model, transformers.Starcoder2Config(**_DECODER)),
+    "mistral": (transformers.MistralModel, transformers.MistralConfig(**_DECODER)),
+    "llama": (transformers.LlamaModel, transformers.LlamaConfig(**_DECODER)),
+    "qwen2": (transformers.Qwen2Model, transformers.Qwen2Config(**_DECODER)),
+    "clip text": (transformers.CLIPTextModel, transformers.CLIPTextConfig(**_TEXT, bos_token_id=2, eos_token_id=3)),
+    "clip vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**_IMAGE)),
+    "siglip vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**_IMAGE)),
+    "vit": (transformers.ViTModel, transformers.ViTConfig(**_IMAGE)),
+}
+VISION = ("clip vision", "siglip vision", "vit")
+ARCHITECTURES = [*tiny_models.CONFIGS, *MODELS]
+
+
+def build(architecture: str) -> nn.Module:
+    if architecture in tiny_models.CONFIGS:
+        return tiny_models.encoder(architecture)
+    model, config = MODELS[architecture]
+    torch.manual_seed(0)
+    return model(config).eval()
+
+
+def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
+    if architecture in VISION:
+        return {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    return tiny_models.batch()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_exit_is_the_pooled_hidden_state(architecture: str) -> None:
+    model, inputs = build(architecture), inputs_of(architecture)
+    depth = model.config.num_hidden_layers
+    exits = [(layer, dim) for layer in range(depth + 1) for dim in (16, 64)]
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        embeddings = MultiExitEncoder(model, exits)(**inputs)
+    hidden = [*outputs.hidden_states[:depth], outputs.last_hidden_state]
+    pooled = pool_exits(list(hidden), inputs.get("attention_mask"), dims=[16, 64])
+    assert list(embeddings) == exits
+    for layer, dim in exits:
+        assert torch.equal(embeddings[layer, dim], pooled[layer][dim]), (layer, dim)
+
+
+@pytest.mark.parametrize("architecture", ["modernbert", "t5", "starcoder2", "llama"])
+def test_final_norm_makes_an_exit_what_a_shorter_model_gives(architecture: str) -> None:
+    model, inputs = build(architecture), inputs_of(architecture)
+    shorter = copy.deepcopy(model)
+    stack = shorter.encoder if architecture == "t5" else shorter
+    layers = "block" if architecture == "t5" else "layers"
+    setattr(stack, layers, getattr(stack, layers)[:1])
+    shorter.config.num_hidden_layers = 1
+    with torch.no_grad():
+        expected = pool_exits([shorter(**inputs).last_hidden_state], inputs["attention_mask"])[0][64]
+        plain = MultiExitEncoder(model, [(1, 64)])(**inputs)[1, 64]
+        normed = MultiExitEncoder(model, [(1, 64)], final_norm=True)(**inputs)[1, 64]
+    torch.testing.assert_close(normed, expected)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_stops_after_the_last_exit_asked_for() -> None:
+    model = tiny_models.encoder(num_hidden_layers=4)
+    ran: list[int] = []
+    for number, layer in enumerate(model.encoder.layer, start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    encoder = MultiExitEncoder(model, [(1, 32), (2, 64), (4, 64)])
+    encoder([(2, 64)], **tiny_models.batch())
+    assert ran == [1, 2]
+    ran.clear()
+    encoder(**tiny_models.batch())
+    assert ran == [1, 2, 3, 4]
+
+
+def test_leaves_no_hooks_behind() -> None:
+    model = tiny_models.encoder()
+    MultiExitEncoder(model, [(1, 64)])(**tiny_models.batch())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.encoder.layer)
+    with pytest.raises(IndexError):
+        MultiExitEncoder(model, [(1, 64)])(input_ids=torch.tensor([[1000]]))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.encoder.layer)
+
+
+def test_keeps_no_hidden_states() -> None:
+    model = tiny_models.encoder(num_hidden_layers=4)
+    alive: list[int] = []
+    layers: list = []
+    import weakref
+
+    def watch(_module: nn.Module, _args: object, output: object) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        layers.append(weakref.ref(hidden))
+        alive.append(sum(reference() is not None for reference in layers))
+
+    encoder = MultiExitEncoder(model, [(layer, 64) for layer in range(5)])
+    for layer in model.encoder.layer:
+        layer.register_forward_hook(watch)
+    with torch.inference_mode():
+        encoder(**tiny_models.batch())
+    assert max(alive) <= 2  # a layer's input and its output
+
+
+def test_gradients_reach_the_model_from_every_exit() -> None:
+    model = tiny_models.encoder().double()
+    inputs = tiny_models.batch()
+    embeddings = MultiExitEncoder(model, [(0, 16), (1, 32), (2, 64)])(**inputs)
+    sum(embedding.square().sum() * embedding.shape[1] + embedding.sum() for embedding in embeddings.values()).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    hidden = model(**inputs, output_hidden_states=True).hidden_states
+    mask = inputs["attention_mask"][..., None].double()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer, dim in ((0, 16), (1, 32), (2, 64)):
+        mean = (hidden[layer] * mask).sum(1) / mask.sum(1)
+        unit = nn.functional.normalize(mean[:, :dim], dim=1)
+        total = total + unit.square().sum() * dim + unit.sum()
+    total.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(ours[name], grad)
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len", "max", "weightedmean", "cls", "lasttoken"])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_heads(mode: str, kind: str) -> None:
+    model, inputs = tiny_models.encoder(), tiny_models.batch()
+    torch.manual_seed(3)
+    head = nn.Linear(64, 24) if kind == "linear" else nn.Sequential(nn.Linear(64, 24), nn.Tanh())
+    with torch.no_grad():
+        embeddings = MultiExitEncoder(model, [(1, 16), (1, 24), (2, 64)], heads={1: head}, mode=mode)(**inputs)
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+        expected = pool_exits([head(hidden[1])], inputs["attention_mask"], mode=mode, dims=[16, 24])[0]
+    torch.testing.assert_close(embeddings[1, 16], expected[16])
+    torch.testing.assert_close(embeddings[1, 24], expected[24])
+
+
+def test_a_head_leaves_an_empty_row_zero() -> None:
+    inputs = tiny_models.batch()
+    inputs["attention_mask"][2] = 0
+    with torch.no_grad():
+        encoder = MultiExitEncoder(tiny_models.encoder(), [(1, 24)], heads={1: nn.Linear(64, 24)}, normalize=False)
+        embedding = encoder(**inputs)[1, 24]
+    assert not embedding[2].any()
+    assert embedding[[0, 1, 3, 4]].any(dim=1).all()
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return tiny_models.sentence_transformer(tmp_path)
+
+
+def test_encode_agrees_with_sentence_transformers(pipeline) -> None:
+    texts = tiny_models.texts(9)
+    encoder = MultiExitEncoder(pipeline, [(1, 16), (2, 64)])
+    ours = encoder.encode(texts, batch_size=4)
+    np.testing.assert_allclose(ours[2, 64], pipeline.encode(texts), atol=1e-6)
+    assert encoder.encode(texts, exits=[(1, 16)]).keys() == {(1, 16)}
+    np.testing.assert_allclose(ours[1, 16], encoder.encode(texts, exits=[(1, 16)])[1, 16], atol=1e-6)
+
+
+def test_encode_of_a_swapped_model(pipeline) -> None:
+    texts = tiny_models.texts(9)
+    fastembed.swap(pipeline, quantize=fastembed.QuantConfig(bits=8))
+    ours = MultiExitEncoder(pipeline, [(2, 64)]).encode(texts)[2, 64]
+    np.testing.assert_allclose(ours, pipeline.encode(texts), atol=1e-5)
+
+
+def test_encode_leaves_the_prompt_out_of_pooling(tmp_path) -> None:
+    pipeline = tiny_models.sentence_transformer(tmp_path, include_prompt=False)
+    pipeline.prompts = {"query": "query : "}
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline)
+    np.testing.assert_allclose(
+        encoder.encode(texts, prompt_name="query")[2, 64], pipeline.encode(texts, prompt_name="query"), atol=1e-6
+    )
+    included = MultiExitEncoder(pipeline, include_prompt=True).encode(texts, prompt="query : ")[2, 64]
+    assert np.abs(included - pipeline.encode(texts, prompt_name="query")).max() > 1e-3
+
+
+def test_precisions(pipeline) -> None:
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline, [(2, 60)])
+    full = encoder.encode(texts)[2, 60]
+    assert full.dtype == np.float32
+    half = encoder.encode(texts, precision="float16")[2, 60]
+    np.testing.assert_array_equal(half, full.astype(np.float16))
+    bits = encoder.encode(texts, precision="ubinary")[2, 60]
+    np.testing.assert_array_equal(bits, np.packbits(full > 0, axis=1))
+    codes = encoder.encode(texts, precision="int8")[2, 60]
+    assert codes.dtype == np.int8
+    cosines = (codes * full).sum(1) / np.linalg.norm(codes.astype(np.float32), axis=1)
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "ubinary"])
+def test_no_texts(pipeline, precision: str) -> None:
+    embeddings = MultiExitEncoder(pipeline, [(1, 20)]).encode([], precision=precision)
+    assert embeddings[1, 20].shape == (0, 3 if precision == "ubinary" else 20)
+
+
+def test_encode_keeps_the_training_mode(pipeline) -> None:
+    encoder = MultiExitEncoder(pipeline).train()
+    first = encoder.encode(tiny_models.texts())
+    assert encoder.training
+    assert encoder.model.training
+    np.testing.assert_array_equal(first[2, 64], encoder.encode(tiny_models.texts())[2, 64])
+
+
+def test_threads_do_not_see_each_other(pipeline) -> None:
+    texts = tiny_models.texts(8)
+    encoder = MultiExitEncoder(pipeline, [(0, 8), (1, 16), (2, 64)])
+    expected = encoder.encode(texts)
+    failures: list[object] = []
+
+    def run(exit: tuple[int, int]) -> None:
+        for _ in range(10):
+            got = encoder.encode(texts, exits=[exit])[exit]
+            if not np.allclose(got, expected[exit], atol=1e-6):
+                failures.append(exit)
+
+    threads = [threading.Thread(target=run, args=(exit,)) for exit in encoder.exits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_deepcopy_and_pickle(pipeline) -> None:
+    encoder = MultiExitEncoder(pipeline, [(1, 16)])
+    texts = tiny_models.texts()
+    expected = encoder.encode(texts)[1, 16]
+    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        np.testing.assert_array_equal(other.encode(texts)[1, 16], expected)
+        other.model.encoder.layer[0] = nn.Identity()
+    np.testing.assert_array_equal(encoder.encode(texts)[1, 16], expected)
+
+
+@pytest.mark.parametrize("exit", [(0, 64), (1, 64), (1, 16), (2, 32)])
+def test_an_exit_as_a_sentence_transformer_saves_and_loads(pipeline, tmp_path, exit: tuple[int, int]) -> None:
+    encoder = MultiExitEncoder(pipeline, [exit, (2, 64)])
+    texts = tiny_models.texts()
+    expected = encoder.encode(texts)[exit]
+    shorter = encoder.sentence_transformer(exit)
+    assert len(shorter[0].auto_model.encoder.layer) == exit[0]
+    assert shorter.get_embedding_dimension() == exit[1]
+    np.testing.assert_allclose(shorter.encode(texts), expected, atol=1e-6)
+    parameter = next(shorter.parameters())
+    assert any(parameter is other for other in pipeline.parameters())
+    shorter.save(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(loaded.encode(texts), expected, atol=1e-6)
+    assert len(pipeline[0].auto_model.encoder.layer) == 2
+
+
+def test_an_exit_with_a_head_as_a_sentence_transformer(pipeline, tmp_path) -> None:
+    encoder = MultiExitEncoder(pipeline, [(1, 16)], heads={1: nn.Linear(64, 24)})
+    texts = tiny_models.texts()
+    encoder.sentence_transformer().save(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(loaded.encode(texts), encoder.encode(texts)[1, 16], atol=1e-6)
+
+
+def test_a_transformers_model_with_its_tokenizer(pipeline) -> None:
+    texts = tiny_models.texts()
+    encoder = MultiExitEncoder(pipeline[0].auto_model, tokenizer=pipeline.tokenizer, max_length=8)
+    pipeline.max_seq_length = 8
+    np.testing.assert_allclose(encoder.encode(texts)[2, 64], pipeline.encode(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exits": []}, "exits must be a list of at least one"),
+        ({"exits": [(3, 64)]}, "exits must name layers 0 .* to 2, got \\(3, 64\\)"),
+        ({"exits": [(-1, 64)]}, "exits must name layers"),
+        ({"exits": [(1, 0)]}, "exits must have dims of 1 to 64 at layer 1, got \\(1, 0\\)"),
+        ({"exits": [(1, 65)]}, "exits must have dims of 1 to 64"),
+        ({"exits": [(1, 8), (1, 8)]}, "exits must not repeat, got \\(1, 8\\) twice"),
+        ({"mode": "median"}, "mode must be one of"),
+        ({"layers": "encoder"}, "layers must be the attribute path of a ModuleList"),
+        ({"heads": {1: nn.Linear(64, 8)}}, "heads must belong to layers with an exit, got one for layer 1"),
+        ({"heads": {2: nn.Linear(32, 8)}}, "heads must take the model's 64 features, got one of 32"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiExitEncoder(tiny_models.encoder(), **arguments)
+
+
+def test_bad_types() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        MultiExitEncoder("bert")
+    with pytest.raises(TypeError, match=r"exits must be pairs of ints \(layer, dim\), got 3"):
+        MultiExitEncoder(tiny_models.encoder(), [3])
+    with pytest.raises(TypeError, match="heads must map layers to modules"):
+        MultiExitEncoder(tiny_models.encoder(), heads={1: 3})
+
+
+def test_a_model_whose_layers_cannot_be_found() -> None:
+    with pytest.raises(ValueError, match=r"Linear has none: pass layers='\.\.\.'"):
+        MultiExitEncoder(nn.Linear(3, 3))
+
+
+def test_bad_calls(pipeline) -> None:
+    encoder = MultiExitEncoder(pipeline, [(1, 16)])
+    with pytest.raises(ValueError, match=r"exits must be of this encoder's, \[\(1, 16\)\], got \(2, 64\)"):
+        encoder.encode(["w1"], exits=[(2, 64)])
+    with pytest.raises(TypeError, match="texts must be a list of strings, got one string"):
+        encoder.encode("w1")
+    with pytest.raises(ValueError, match="precision must be one of float32"):
+        encoder.encode(["w1"], precision="int4")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        encoder.encode(["w1"], batch_size=0)
+    with pytest.raises(ValueError, match="prompt_name must be one of none, got 'query'"):
+        encoder.encode(["w1"], prompt_name="query")
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        MultiExitEncoder(pipeline[0].auto_model).encode(["w1"])
+
+
+def test_pipelines_that_do_more_than_pool(pipeline) -> None:
+    pipeline.append(Dense(64, 16))
+    with pytest.raises(ValueError, match="model must be a SentenceTransformer of a Transformer, a Pooling"):
+        MultiExitEncoder(pipeline)
+
+
+def test_a_shorter_model_without_its_final_norm_is_refused(pipeline) -> None:
+    encoder = MultiExitEncoder(build("llama"), [(1, 64), (3, 64)], tokenizer=pipeline.tokenizer)
+    with pytest.raises(ValueError, match="final_norm=True"):
+        encoder.sentence_transformer((1, 64))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import Case, Context, Faster, OfLimit, Workload
@@ -83,3 +84,18 @@ def test_goals_are_judged() -> None:
 def test_a_wrong_provider_is_not_timed(wrong: float) -> None:
     with pytest.raises(runner.VerificationError, match="case: peer has error"):
         runner.run([_case(wrong)], [1], "cpu", True, lambda message: None)
+
+
+def test_recall_table_holds_every_method_and_knows_a_good_one() -> None:
+    from bench import recall
+
+    rng = np.random.default_rng(0)
+    documents = rng.standard_normal((1200, 64), dtype=np.float32)
+    queries = documents + 0.8 * rng.standard_normal((1200, 64), dtype=np.float32)
+    queries, documents = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents))
+    rows = {row.method: row for row in recall.table(queries, documents, epochs=1, progress=False)}
+    assert rows["float32"].overlap == rows["float32"].relative == 1
+    assert len(rows) == 21
+    assert all(0.2 < row.overlap <= 1 for row in rows.values())
+    assert rows["sign codes, 2 bit"].overlap > rows["sign codes, 1 bit"].overlap
+    assert rows["sign codes, 2 bit, 40 re-scored"].overlap > rows["sign codes, 2 bit"].overlap

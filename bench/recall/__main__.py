@@ -53,8 +53,8 @@ def _markdown(rows: list[Row], pairs: int) -> str:
         str(method).strip(),
         "",
         f"{pairs} pairs, all-MiniLM-L6-v2, {pairs - pairs // 2} held-out queries over {pairs} documents. labelled: "
-        f"right document among the first 10; relative: to float32; overlap: with the first 10 of float32; re-scored: the "
-        f"first {CANDIDATES} by float vectors. Written by `python -m bench.recall`.",
+        f"right document among the first 10; relative: to float32; overlap: with the first 10 of float32; "
+        f"re-scored: the first {CANDIDATES} by float vectors. Written by `python -m bench.recall`.",
         "",
         "| method | bytes | labelled | relative | overlap |",
         "|---|---:|---:|---:|---:|",

@@ -1,0 +1,67 @@
+"""Search over codes with the results of `sentence_transformers.util.semantic_search`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..nn.binarizer import check_finite
+from ..ops import _search_checks as checks
+from ..ops.search import rescore, sdc_encode, sdc_topk
+
+
+def semantic_search(
+    query_embeddings: np.ndarray | Tensor,
+    corpus_embeddings: np.ndarray | Tensor,
+    top_k: int = 10,
+    *,
+    bits: int = 1,
+    rescore_multiplier: int = 4,
+) -> list[list[dict[str, int | float]]]:
+    """The corpus embeddings of largest cosine to each query: a search over few-bit codes, whose first
+    `rescore_multiplier * top_k` results are re-scored by the embeddings themselves.
+
+    The results have the form that `sentence_transformers.util.semantic_search` gives with its default score, cosine;
+    their scores are exact, but an embedding whose code ranks too low is missed.
+
+    Args:
+        query_embeddings: [Q, D], or [D] for one query; float32, float16, bfloat16 or float64 and finite.
+        corpus_embeddings: [N, D], of the same kind (array or tensor), on the CPU.
+        top_k: results for each query; all of them where the corpus is smaller.
+        bits: bits of the codes for each dimension, 1 to 4.
+        rescore_multiplier: candidates for each result wanted, at least 1.
+
+    Returns:
+        For each query a list of {"corpus_id": int, "score": float}, best first, equal scores by id.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.are_tensors(query_embeddings=query_embeddings, corpus_embeddings=corpus_embeddings)
+    if query_embeddings.ndim == 1:
+        query_embeddings = query_embeddings[None]
+    queries = _unit_rows("query_embeddings", query_embeddings)
+    corpus = _unit_rows("corpus_embeddings", corpus_embeddings)
+    if queries.shape[1] != corpus.shape[1]:
+        raise ValueError(f"query_embeddings must have the {corpus.shape[1]} dims of the corpus, got {queries.shape[1]}")
+    checks.check_integer("top_k", top_k, 1)
+    checks.check_integer("bits", bits, 1, checks.MAX_SDC_BITS)
+    checks.check_integer("rescore_multiplier", rescore_multiplier, 1)
+    if len(corpus) == 0:
+        return [[] for _ in queries]
+    k = min(top_k, len(corpus))
+    _, candidates = sdc_topk(queries, sdc_encode(corpus, bits), min(k * rescore_multiplier, len(corpus)))
+    scores, ids = rescore(queries, corpus, candidates, k)
+    return [
+        [{"corpus_id": corpus_id, "score": score} for corpus_id, score in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _unit_rows(name: str, x: Any) -> Tensor:
+    checks.check_array(name, x, 2, checks.FLOATS)
+    tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    check_finite(name, tensor)
+    return F.normalize(tensor.float())

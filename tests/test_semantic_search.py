@@ -1,0 +1,66 @@
+"""The drop-in for sentence-transformers' semantic_search."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastembed.integrations.semantic_search import semantic_search
+
+CORPUS = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+QUERIES = CORPUS[:20] + 0.3 * torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("k", [1, 5, 500, 900])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_results_are_those_of_sentence_transformers(k: int, bits: int) -> None:
+    util = pytest.importorskip("sentence_transformers.util")
+    expected = util.semantic_search(QUERIES, CORPUS, top_k=k)
+    # Enough candidates to be exact.
+    for ours in (
+        semantic_search(QUERIES, CORPUS, k, bits=bits, rescore_multiplier=500),
+        semantic_search(QUERIES.numpy(), CORPUS.numpy(), top_k=k, bits=bits, rescore_multiplier=500),
+    ):
+        assert [[hit["corpus_id"] for hit in hits] for hits in ours] == [
+            [hit["corpus_id"] for hit in hits] for hits in expected
+        ]
+        np.testing.assert_allclose(
+            [[hit["score"] for hit in hits] for hits in ours],
+            [[hit["score"] for hit in hits] for hits in expected],
+            atol=1e-6,
+        )
+
+
+def test_few_candidates_find_nearly_all_and_score_exactly() -> None:
+    everything = semantic_search(QUERIES, CORPUS, 500, rescore_multiplier=500)
+    found = semantic_search(QUERIES, CORPUS, 5)
+    for hits, scored in zip(found, everything, strict=True):
+        exact = {hit["corpus_id"]: hit["score"] for hit in scored}
+        assert all(hit["score"] == exact[hit["corpus_id"]] for hit in hits)
+        assert hits[0] == scored[0]
+
+
+def test_one_query_no_corpus_and_no_queries() -> None:
+    assert semantic_search(QUERIES[0], CORPUS, 3) == semantic_search(QUERIES[:1], CORPUS, 3)
+    assert semantic_search(QUERIES, CORPUS[:0]) == [[]] * 20
+    assert semantic_search(QUERIES[:0], CORPUS) == []
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"query_embeddings": QUERIES[:, 1:]}, ValueError, "query_embeddings must have the 64 dims of the corpus, got 63"),
+    ({"query_embeddings": QUERIES * torch.nan}, ValueError, "query_embeddings must be finite"),
+    ({"corpus_embeddings": CORPUS / 0}, ValueError, "corpus_embeddings must be finite"),
+    ({"corpus_embeddings": CORPUS.numpy()}, TypeError, "must be all NumPy arrays or all tensors"),
+    ({"corpus_embeddings": CORPUS.int()}, TypeError, "corpus_embeddings must be"),
+    ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    ({"bits": 5}, ValueError, "bits must be between 1 and 4"),
+    ({"rescore_multiplier": 0}, ValueError, "rescore_multiplier must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_raises_one_clear_error(case: int) -> None:
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        semantic_search(**{"query_embeddings": QUERIES, "corpus_embeddings": CORPUS, **changes})

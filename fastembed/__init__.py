@@ -20,6 +20,7 @@ __all__ = [
     "nn",
     "pack_bits",
     "pool_exits",
+    "relative_representations",
     "rescore",
     "sdc_encode",
     "sdc_topk",
@@ -33,6 +34,7 @@ if _torch is not None:
     from . import nn
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
+    from .ops.relative import relative_representations
     from .quantize import QuantConfig
     from .swap import SwapReport, swap, unswap
     from .training import train_binarizer

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import supported_isa_levels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +16,8 @@ from fastembed._native import core
 from fastembed.ops.qmatmul import EPILOGUES, dequantize_weight, qlinear
 from fastembed.reference import qmatmul as reference
 
-ALL_BITS = tuple(range(2, 9))
+ALL_BITS = tuple(range(1, 9))
+ZEROS = ("none", "codes", "fractional")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Around the tile of 4 input features, the registers of 16 and 64, and more than one panel.
 IN_FEATURES = (1, 3, 4, 5, 16, 37, 64, 100, 192, 384)
@@ -33,6 +33,7 @@ class Layer:
     scales: Tensor
     zeros: Tensor | None
     bias: Tensor | None
+    residual: Tensor | None
     bits: int
     group_size: int
     out_features: int
@@ -52,6 +53,8 @@ def make_layer(
     group_size: int = 64,
     *,
     symmetric: bool = False,
+    fractional: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
     bias: torch.dtype | None = torch.float32,
     epilogue: str | None = None,
     seed: int = 0,
@@ -64,11 +67,15 @@ def make_layer(
         return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
 
     scales = (torch.rand(out_features, groups, generator=generator) + 0.5) / (1 << bits)
+    zeros = integers(out_features, groups)
+    if fractional:
+        zeros = ((torch.rand(out_features, groups, generator=generator) * 1.5 - 0.25) * (1 << bits)).to(scale_dtype)
     return Layer(
         reference.pack_codes(integers(out_features, in_features), bits),
-        reference.to_panels(scales.half()),
-        None if symmetric else reference.to_panels(integers(out_features, groups)),
+        reference.to_panels(scales.to(scale_dtype)),
+        None if symmetric else reference.to_panels(zeros),
         None if bias is None else torch.randn(out_features, generator=generator).to(bias),
+        None,
         bits,
         group_size,
         out_features,
@@ -92,7 +99,8 @@ def oracle(layer: Layer, x: Tensor) -> Tensor:
     y = (activations.double() * token_scales.double()) @ weight.double().T
     if layer.bias is not None:
         y = y + layer.bias.double()
-    return reference.apply_epilogue(y, layer.epilogue).reshape(*x.shape[:-1], layer.out_features)
+    y = reference.apply_epilogue(y, layer.epilogue).reshape(*x.shape[:-1], layer.out_features)
+    return y if layer.residual is None else y + layer.residual.double()
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -129,7 +137,9 @@ def test_packed_layout_is_the_documented_one() -> None:
     rows=st.sampled_from(ROWS),
     bits=st.sampled_from(ALL_BITS),
     group_size=st.sampled_from((16, 32, 64, 128, 1024)),
-    symmetric=st.booleans(),
+    zeros=st.sampled_from(ZEROS),
+    scale_dtype=st.sampled_from(DTYPES),
+    residual=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     bias=st.sampled_from((None, *DTYPES)),
     epilogue=st.sampled_from(EPILOGUES),
@@ -141,13 +151,26 @@ def test_close_to_the_definition(
     rows: int,
     bits: int,
     group_size: int,
-    symmetric: bool,
+    zeros: str,
+    scale_dtype: torch.dtype,
+    residual: bool,
     dtype: torch.dtype,
     bias: torch.dtype | None,
     epilogue: str | None,
 ) -> None:
-    layer = make_layer(in_features, out_features, bits, group_size, symmetric=symmetric, bias=bias, epilogue=epilogue)
+    layer = make_layer(
+        in_features,
+        out_features,
+        bits,
+        group_size,
+        symmetric=zeros == "none",
+        fractional=zeros == "fractional",
+        scale_dtype=scale_dtype,
+        bias=bias,
+        epilogue=epilogue,
+    )
     x = random_x(rows, in_features, dtype=dtype)
+    layer.residual = random_x(rows, out_features, dtype=dtype, seed=3) if residual else None
     y = layer(x)
     assert y.dtype == dtype
     with fastembed.use_backend("reference"):
@@ -179,6 +202,7 @@ def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> Non
         reference.to_panels(torch.ones(64, 2).half()),
         reference.to_panels(zeros),
         None,
+        None,
         bits,
         64,
         64,
@@ -209,9 +233,11 @@ def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...],
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_vector_levels_agree_bit_for_bit(bits: int) -> None:
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("epilogue", ["gelu", "silu"])
+def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str) -> None:
     """A state dict moved to another machine gives the same results there."""
-    layer = make_layer(200, 130, bits, epilogue="gelu")
+    layer = make_layer(200, 130, bits, symmetric=zeros == "none", fractional=zeros == "fractional", epilogue=epilogue)
     x = random_x(9, 200)
     before = core.isa()
     results = []
@@ -258,14 +284,14 @@ def test_extreme_magnitudes(isa: str, magnitude: float) -> None:
         assert torch.equal(y, torch.zeros_like(y))
 
 
-@pytest.mark.parametrize(("epilogue", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
-def test_gelu_over_its_whole_range(isa: str, epilogue: str, approximate: str) -> None:
+@pytest.mark.parametrize("epilogue", ["gelu", "gelu_tanh", "silu"])
+def test_epilogue_over_its_whole_range(isa: str, epilogue: str) -> None:
     """A layer that passes its bias through: the epilogue alone, against float64."""
     z = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 100.0, -100.0, 1e30, -1e30])])
     layer = make_layer(16, len(z), bits=8, epilogue=epilogue)
     layer.bias = z
     y = layer(torch.zeros(1, 16))[0]
-    expected = F.gelu(z.double(), approximate=approximate)
+    expected = reference.apply_epilogue(z.double(), epilogue)
     error = (y.double() - expected).abs()
     assert (error <= 1e-7 * z.abs().clamp(min=1)).all(), error.max()
 
@@ -297,6 +323,27 @@ def test_strided_input(isa: str, view: str, dtype: torch.dtype) -> None:
     assert torch.equal(layer(x), layer(x.contiguous()))
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_residual_is_added_after_the_epilogue(isa: str, rows: int) -> None:
+    layer, x = make_layer(100, 70, epilogue="relu"), random_x(rows, 100)
+    residual = random_x(70, rows, seed=5).T
+    assert torch.equal(layer(x, residual=residual), layer(x) + residual)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_group_longer_than_the_row_is_the_row(isa: str, symmetric: bool) -> None:
+    layer, x = make_layer(100, 70, group_size=112, symmetric=symmetric), random_x(5, 100)
+    assert torch.equal(layer(x, group_size=4096), layer(x))
+
+
+def test_one_bit_without_zeros_is_plus_and_minus(isa: str) -> None:
+    layer, x = make_layer(64, 64, bits=1, symmetric=True, bias=None), random_x(3, 64)
+    halves = torch.full_like(layer.scales, 0.5)
+    assert torch.equal(layer(x), layer(x, zeros=halves))
+    weight = dequantize_weight(layer.codes, layer.scales, None, bits=1, group_size=64, out_features=64, in_features=64)
+    assert torch.equal(weight.abs(), reference.from_panels(layer.scales, 64).float().expand(64, 64) / 2)
+
+
 def test_strided_weights() -> None:
     layer, x = make_layer(100, 70), random_x(5, 100)
     strided = {
@@ -316,6 +363,8 @@ def test_no_features(isa: str, in_features: int, out_features: int) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_opcheck(epilogue: str | None, symmetric: bool) -> None:
     layer = make_layer(40, 70, symmetric=symmetric, bias=None if symmetric else torch.float32, epilogue=epilogue)
+    with_residual = {**layer.__dict__, "residual": random_x(2, 70).requires_grad_()}
+    torch.library.opcheck(torch.ops.fastembed.qlinear.default, (random_x(2, 40), *with_residual.values()))
     for x in (random_x(2, 3, 40), random_x(40, 4).T, random_x(0, 40), random_x(2, 40).requires_grad_()):
         torch.library.opcheck(torch.ops.fastembed.qlinear.default, (x, *layer.positional()))
     weight = (layer.codes, layer.scales, layer.zeros, layer.bits, layer.group_size, 70, 40)
@@ -330,7 +379,9 @@ def test_gradients_of_input_and_bias(epilogue: str | None, dtype: torch.dtype) -
     layer.bias = layer.bias.to(dtype).requires_grad_()
     x = random_x(2, 3, 100, dtype=dtype).requires_grad_()
     upstream = random_x(2, 3, 70, dtype=dtype, seed=2)
-    layer(x).backward(upstream)
+    residual = random_x(2, 3, 70, dtype=dtype, seed=4).requires_grad_()
+    layer(x, residual=residual).backward(upstream)
+    assert torch.equal(residual.grad, upstream)
 
     weight = dequantize_weight(
         layer.codes, layer.scales, layer.zeros, bits=4, group_size=64, out_features=70, in_features=100
@@ -381,14 +432,17 @@ BAD_ARGUMENT = [
     ("codes", lambda codes: codes.to(torch.int8), TypeError, "codes must be torch.uint8"),
     ("codes", lambda codes: codes[0], ValueError, "codes must have shape"),
     ("codes", lambda codes: codes[:1], ValueError, r"codes must have shape \[2, 25, 128\]"),
-    ("scales", lambda scales: scales.float(), TypeError, "scales must be torch.float16"),
+    ("scales", lambda scales: scales.double(), TypeError, "scales must be float32, bfloat16 or float16"),
     ("scales", lambda scales: scales[:, :1], ValueError, "scales must have shape"),
     ("zeros", lambda zeros: zeros[:, :1], ValueError, "zeros must have shape"),
-    ("zeros", lambda zeros: zeros.long(), TypeError, "zeros must be torch.uint8"),
+    ("zeros", lambda zeros: zeros.long(), TypeError, "zeros must be torch.uint8 or torch.float16"),
+    ("zeros", lambda zeros: zeros.float(), TypeError, "zeros must be torch.uint8 or torch.float16"),
+    ("residual", lambda _: torch.zeros(2, 69), ValueError, r"residual must have shape \[2, 70\]"),
+    ("residual", lambda _: torch.zeros(2, 70).half(), TypeError, "residual must be torch.float32"),
     ("bias", lambda bias: bias[:-1], ValueError, r"bias must have shape \[70\]"),
     ("bias", lambda bias: bias.long(), TypeError, "bias must be float32"),
     ("bits", lambda _: 3, ValueError, "codes must have shape"),
-    ("bits", lambda _: 9, ValueError, "bits must be 2 to 8, got 9"),
+    ("bits", lambda _: 9, ValueError, "bits must be 1 to 8, got 9"),
     ("group_size", lambda _: 24, ValueError, "group_size must be a positive multiple of 16"),
     ("group_size", lambda _: 0, ValueError, "group_size must be a positive multiple of 16"),
     ("out_features", lambda _: -1, ValueError, "codes must have shape"),

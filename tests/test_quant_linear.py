@@ -56,6 +56,12 @@ def test_rtn_represents_zero_exactly(symmetric: bool) -> None:
     assert torch.equal(dequantized[7], weight[7])
 
 
+def test_rtn_at_one_bit_keeps_signs() -> None:
+    linear = make_linear()
+    dequantized = QuantLinear.from_linear(linear, bits=1, symmetric=True).dequantize()
+    assert torch.equal(dequantized.sign(), linear.weight.sign())
+
+
 def test_rtn_keeps_values_that_are_on_its_grid() -> None:
     """Quantising what is already quantised changes nothing."""
     linear = make_linear()
@@ -230,9 +236,9 @@ def test_compile_and_export() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 1}, "bits must be 2 to 8, got 1"),
-        ({"bits": 9}, "bits must be 2 to 8, got 9"),
-        ({"bits": 4.5}, "bits must be 2 to 8, got 4.5"),
+        ({"bits": 0}, "bits must be 1 to 8, got 0"),
+        ({"bits": 9}, "bits must be 1 to 8, got 9"),
+        ({"bits": 4.5}, "bits must be 1 to 8, got 4.5"),
         ({"group_size": 40}, "group_size must be a positive multiple of 16, got 40"),
         ({"group_size": -1}, "group_size must be a positive multiple of 16, got -1"),
         ({"activations": "float"}, "activations must be 'int8', got 'float'"),

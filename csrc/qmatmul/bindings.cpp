@@ -13,12 +13,13 @@ T* pointer(uintptr_t address) {
 }
 
 void qlinear(uintptr_t x, int dtype, int64_t rows, int64_t in_features, int64_t row_stride, uintptr_t codes,
-             uintptr_t scales, uintptr_t zeros, int bits, int64_t group_size, uintptr_t bias, int bias_dtype,
-             int64_t out_features, int epilogue, uintptr_t y, int threads) {
+             uintptr_t scales, int scale_dtype, uintptr_t zeros, int zero_kind, int bits, int64_t group_size,
+             uintptr_t bias, int bias_dtype, int64_t out_features, int epilogue, uintptr_t residual, uintptr_t y,
+             int threads) {
   const qmatmul::Input input{pointer<const void>(x), static_cast<DType>(dtype), rows, row_stride};
   const qmatmul::Weight weight{pointer<const uint8_t>(codes),
-                               pointer<const uint16_t>(scales),
-                               pointer<const uint8_t>(zeros),
+                               {pointer<const void>(scales), static_cast<DType>(scale_dtype),
+                                pointer<const void>(zeros), static_cast<qmatmul::Zeros>(zero_kind)},
                                bits,
                                group_size,
                                pointer<const void>(bias),
@@ -26,7 +27,8 @@ void qlinear(uintptr_t x, int dtype, int64_t rows, int64_t in_features, int64_t 
                                in_features,
                                out_features};
   py::gil_scoped_release release;
-  qmatmul::qlinear(input, weight, static_cast<qmatmul::Epilogue>(epilogue), pointer<void>(y), threads);
+  qmatmul::qlinear(input, weight, static_cast<qmatmul::Epilogue>(epilogue), pointer<const void>(residual),
+                   pointer<void>(y), threads);
 }
 
 }  // namespace

@@ -13,13 +13,31 @@ constexpr int64_t tile_width = 16;
 constexpr int64_t quad = 4;  // input features per tile
 
 // Numbered as EPILOGUES in fastembed/ops/qmatmul.py.
-enum class Epilogue : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+enum class Epilogue : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
+
+// Numbered as fastembed/ops/qmatmul.py numbers them.
+enum class Zeros : int {
+  midpoint = 0,    // none stored: 2^(bits - 1), and 1/2 for one bit
+  codes = 1,       // uint8
+  fractional = 2,  // in the dtype of the scales
+};
+
+// What the codes stand for: scale * (code - zero), per group and output feature.
+struct Steps {
+  const void* scales;
+  DType dtype;
+  const void* zeros;  // null for midpoints
+  Zeros kind;
+};
 
 // Weight codes of one panel.
+//
+// Every kernel takes an integer off the codes, exactly: the zero point where it is a stored code, and else 2^(bits -
+// 1). Where that is not the whole zero point, the rest, scale * (integer - zero), multiplies the sum of the activations
+// in float, after the group's products: its "shift".
 struct Panel {
-  const uint8_t* codes;    // [quads, 32 * bits]
-  const uint16_t* scales;  // float16 [groups, 64]
-  const uint8_t* zeros;    // [groups, 64], or null for symmetric codes
+  const uint8_t* codes;  // [quads, 32 * bits]
+  Steps steps;           // [groups, 64]
   int bits;
   int64_t group_quads;
   int64_t quads;
@@ -29,6 +47,10 @@ struct Panel {
   __attribute__((always_inline)) int64_t quads_in(int64_t group) const {
     const int64_t rest = quads - group * group_quads;
     return rest < group_quads ? rest : group_quads;
+  }
+  __attribute__((always_inline)) int midpoint() const { return 1 << (bits - 1); }
+  __attribute__((always_inline)) bool is_shifted() const {
+    return steps.kind == Zeros::fractional || (steps.kind == Zeros::midpoint && bits == 1);
   }
 };
 
@@ -47,7 +69,8 @@ struct Output {
   DType dtype;
   int64_t row_stride;
   int64_t columns;
-  const float* bias;  // [64], zeros where there is none
+  const float* bias;     // [64], zeros where there is none
+  const void* residual;  // as data, or null; added after the epilogue
   Epilogue epilogue;
   const float* gate;  // the table of `gate_table`, for the GELUs
 };

@@ -83,6 +83,13 @@ const char* element(const void* data, DType dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size_of(dtype);
 }
 
+Steps steps_from(const Steps& steps, int64_t index) {
+  const DType dtype = steps.dtype;
+  const char* zeros = static_cast<const char*>(steps.zeros);
+  if (zeros != nullptr) zeros += index * (steps.kind == Zeros::codes ? 1 : size_of(dtype));
+  return {element(steps.scales, dtype, index), dtype, zeros, steps.kind};
+}
+
 void widen_bias(const Weight& weight, int64_t first, int64_t columns, float* bias) {
   std::memset(bias, 0, panel_width * sizeof(float));
   if (weight.bias == nullptr) return;
@@ -96,7 +103,7 @@ class Layer {
   Layer(const Weight& weight, DType dtype, Epilogue epilogue, int threads)
       : kernels_(kernels.active()), weight_(weight), dtype_(dtype), epilogue_(epilogue), threads_(threads) {}
 
-  void run(const Input& x, void* y) const {
+  void run(const Input& x, const void* residual, void* y) const {
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(weight_.in_features, 64) | 1) * 64;
     const int64_t block = std::max(rows_per_task, tokens_budget / stride);
@@ -105,11 +112,23 @@ class Layer {
       const Storage storage(rows, stride, groups());
       quantize({element(x.data, x.dtype, first * x.stride), x.dtype, rows, x.stride}, storage, stride);
       const Tokens tokens{storage.codes, stride, storage.scales, storage.sums, rows};
-      multiply(tokens, static_cast<char*>(y) + first * weight_.out_features * size_of(dtype_));
+      multiply(tokens, Rows{y, residual}.from(first * weight_.out_features, dtype_));
     }
   }
 
  private:
+  // The outputs from some element on, and what is added to them.
+  struct Rows {
+    void* y;
+    const void* residual;
+
+    Rows from(int64_t index, DType dtype) const {
+      const int64_t offset = index * size_of(dtype);
+      return {static_cast<char*>(y) + offset,
+              residual == nullptr ? nullptr : static_cast<const char*>(residual) + offset};
+    }
+  };
+
   int64_t groups() const { return divide_up(weight_.in_features, weight_.group_size); }
 
   void quantize(const Input& x, const Storage& to, int64_t stride) const {
@@ -124,7 +143,7 @@ class Layer {
     });
   }
 
-  void multiply(const Tokens& tokens, char* y) const {
+  void multiply(const Tokens& tokens, const Rows& to) const {
     const int64_t panels = divide_up(weight_.out_features, panel_width);
     const int team = useful_threads(tokens.rows * weight_.in_features * weight_.out_features, multiply_grain, threads_);
     const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels);
@@ -137,17 +156,16 @@ class Layer {
       multiply_panel(task / ranges,
                      {tokens.codes + first * tokens.stride, tokens.stride, tokens.scales + first,
                       tokens.sums + first * groups(), rows},
-                     y + first * weight_.out_features * size_of(dtype_));
+                     to.from(first * weight_.out_features, dtype_));
     });
   }
 
-  void multiply_panel(int64_t index, const Tokens& tokens, char* y) const {
+  void multiply_panel(int64_t index, const Tokens& tokens, const Rows& to) const {
     thread_local Buffer scratch;
     const int64_t quads = divide_up(weight_.in_features, quad);
     const int64_t per_group = index * groups() * panel_width;
     const Panel panel{weight_.codes + index * quads * 32 * weight_.bits,
-                      weight_.scales + per_group,
-                      weight_.zeros == nullptr ? nullptr : weight_.zeros + per_group,
+                      steps_from(weight_.steps, per_group),
                       weight_.bits,
                       weight_.group_size / quad,
                       quads,
@@ -156,8 +174,9 @@ class Layer {
     const int64_t columns = std::min(panel_width, weight_.out_features - column);
     alignas(64) float bias[panel_width];
     widen_bias(weight_, column, columns, bias);
-    const Output output{y + column * size_of(dtype_), dtype_, weight_.out_features, columns, bias, epilogue_,
-                        gate_table(epilogue_)};
+    const Rows part = to.from(column, dtype_);
+    const Output output{part.y,        dtype_,    weight_.out_features, columns, bias,
+                        part.residual, epilogue_, gate_table(epilogue_)};
     kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel)));
   }
 
@@ -170,9 +189,9 @@ class Layer {
 
 }  // namespace
 
-void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, void* y, int threads) {
+void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, const void* residual, void* y, int threads) {
   if (x.rows == 0 || weight.out_features == 0) return;
-  Layer(weight, x.dtype, epilogue, threads).run(x, y);
+  Layer(weight, x.dtype, epilogue, threads).run(x, residual, y);
 }
 
 }  // namespace fastembed::qmatmul

@@ -10,9 +10,8 @@
 namespace fastembed::qmatmul {
 
 struct Weight {
-  const uint8_t* codes;    // [panels, quads, 32 * bits]
-  const uint16_t* scales;  // float16 [panels, groups, 64]
-  const uint8_t* zeros;    // [panels, groups, 64], or null for symmetric codes
+  const uint8_t* codes;  // [panels, quads, 32 * bits]
+  Steps steps;           // [panels, groups, 64]
   int bits;
   int64_t group_size;  // a multiple of 16
   const void* bias;    // [out_features], or null
@@ -29,7 +28,7 @@ struct Input {
   int64_t stride;
 };
 
-// y [rows, out_features], contiguous, in the dtype of x.
-void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, void* y, int threads);
+// y [rows, out_features], contiguous, in the dtype of x; so is the residual, which may be null.
+void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, const void* residual, void* y, int threads);
 
 }  // namespace fastembed::qmatmul

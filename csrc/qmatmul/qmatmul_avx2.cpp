@@ -19,12 +19,16 @@ using Index = __m256i;
 INLINE Vec broadcast(float v) { return _mm256_set1_ps(v); }
 INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+INLINE Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Vec absolute(Vec v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
 INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 INLINE Index truncate(Vec v) { return _mm256_cvttps_epi32(v); }
 INLINE Vec widen(Index i) { return _mm256_cvtepi32_ps(i); }
+INLINE Vec power_of_two(Index i) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23));
+}
 INLINE Vec look_up(const float* table, Index i) { return _mm256_i32gather_ps(table, i, 4); }
 
 #include "qmatmul/epilogue.inl"
@@ -138,28 +142,30 @@ void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_siz
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
-// The panel unpacked: bytes [quads, 64 columns, 4], float scales [groups, 64], and int32 zeros [groups, 64].
-struct Unpacked {
-  uint8_t* bytes;
-  float* scales;
-  int32_t* zeros;
+#include "qmatmul/unpacked.inl"
 
-  INLINE Unpacked(const Panel& panel, void* scratch) {
-    bytes = static_cast<uint8_t*>(scratch);
-    scales = reinterpret_cast<float*>(bytes + panel.quads * quad * panel_width);
-    zeros = reinterpret_cast<int32_t*>(scales + panel.groups * panel_width);
-  }
-};
+INLINE __m256 load8(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::f32) return load8(static_cast<const float*>(data) + index);
+  if (dtype == DType::f16) return load8(static_cast<const Float16*>(data) + index);
+  return load8(static_cast<const BFloat16*>(data) + index);
+}
 
 INLINE void unpack_groups(const Panel& panel, const Unpacked& to) {
+  const Steps& steps = panel.steps;
   const int wide = panel.bits == 8 ? 128 : 0;
+  const __m256 midpoint = broadcast(static_cast<float>(panel.midpoint()));
   for (int64_t i = 0; i < panel.groups * panel_width; i += lanes) {
-    _mm256_store_ps(to.scales + i, _mm256_cvtph_ps(load_halves(panel.scales + i)));
-    __m256i zeros = _mm256_set1_epi32(1 << (panel.bits - 1));
-    if (panel.zeros != nullptr) {
-      zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(panel.zeros + i)));
+    const __m256 scales = load8(steps.scales, steps.dtype, i);
+    _mm256_store_ps(to.scales + i, scales);
+    __m256i zeros = _mm256_set1_epi32(panel.midpoint());
+    if (steps.kind == Zeros::codes) {
+      const uint8_t* codes = static_cast<const uint8_t*>(steps.zeros) + i;
+      zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     }
     _mm256_store_si256(reinterpret_cast<__m256i*>(to.zeros + i), _mm256_sub_epi32(zeros, _mm256_set1_epi32(wide)));
+    const bool fractional = steps.kind == Zeros::fractional;
+    const __m256 own = fractional ? load8(steps.zeros, steps.dtype, i) : broadcast(0.5f);
+    _mm256_store_ps(to.shifts + i, mul(scales, sub(midpoint, own)));
   }
 }
 
@@ -228,9 +234,12 @@ INLINE __m256i dot_quads(__m256i sum, __m256i weights, __m256i a) {
 
 template <class T>
 INLINE void finish(__m256 total, const Tokens& tokens, int64_t row, int64_t column, const Output& output) {
-  const __m256 y = multiply_add(total, broadcast(tokens.scales[row]), _mm256_load_ps(output.bias + column));
-  store8(static_cast<T*>(output.data) + row * output.row_stride + column, output.columns - column,
-         apply_epilogue(y, output));
+  __m256 y = multiply_add(total, broadcast(tokens.scales[row]), _mm256_load_ps(output.bias + column));
+  const int64_t index = row * output.row_stride + column;
+  const int64_t count = output.columns - column;
+  y = apply_epilogue(y, output);
+  if (output.residual != nullptr) y = _mm256_add_ps(y, load8(static_cast<const T*>(output.residual) + index, count));
+  store8(static_cast<T*>(output.data) + index, count, y);
 }
 
 template <int Rows, bool Wide>
@@ -264,6 +273,12 @@ void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& to
     for (int t = 0; t < tile_vectors; ++t) {
       const __m256 scales = _mm256_load_ps(weights.scales + column + t * lanes);
       for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm256_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+      if (!panel.is_shifted()) continue;
+      const __m256 shifts = _mm256_load_ps(weights.shifts + column + t * lanes);
+      for (int r = 0; r < Rows; ++r) {
+        const float sum = static_cast<float>(tokens.sums[(row + r) * panel.groups + group]);
+        total[r][t] = multiply_add(broadcast(sum), shifts, total[r][t]);
+      }
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -297,10 +312,6 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
       of_rows[rows](panel, weights, tokens, row, column, output);
     }
   }
-}
-
-int64_t scratch_bytes(const Panel& panel) {
-  return (panel.quads * quad + panel.groups * static_cast<int64_t>(sizeof(float) + sizeof(int32_t))) * panel_width;
 }
 
 }  // namespace

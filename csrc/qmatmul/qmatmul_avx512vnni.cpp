@@ -27,12 +27,16 @@ using Index = __m512i;
 INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
 INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+INLINE Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Vec absolute(Vec v) { return _mm512_abs_ps(v); }
 INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 INLINE Index truncate(Vec v) { return _mm512_cvttps_epi32(v); }
 INLINE Vec widen(Index i) { return _mm512_cvtepi32_ps(i); }
+INLINE Vec power_of_two(Index i) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(127)), 23));
+}
 INLINE Vec look_up(const float* table, Index i) {
   return _mm512_permutex2var_ps(_mm512_loadu_ps(table), i, _mm512_loadu_ps(table + 16));
 }
@@ -130,11 +134,21 @@ INLINE void store16(void* data, DType dtype, int64_t index, __mmask16 lanes, __m
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, lanes, half);
 }
 
+// Elements [index, index + 16) of an array of any dtype.
+INLINE __m512 load16(const void* data, DType dtype, int64_t index, __mmask16 lanes) {
+  if (dtype == DType::f32) return load16(static_cast<const float*>(data) + index, lanes);
+  if (dtype == DType::f16) return load16(static_cast<const Float16*>(data) + index, lanes);
+  return load16(static_cast<const BFloat16*>(data) + index, lanes);
+}
+
 // Output features [column, column + 16) of the panel for one token.
 INLINE void finish(__m512 total, const Tokens& tokens, int64_t row, int64_t column, const Output& output) {
-  const __m512 y = multiply_add(total, broadcast(tokens.scales[row]), _mm512_loadu_ps(output.bias + column));
-  store16(output.data, output.dtype, row * output.row_stride + column, first_lanes(output.columns - column),
-          apply_epilogue(y, output));
+  const int64_t index = row * output.row_stride + column;
+  const __mmask16 lanes = first_lanes(output.columns - column);
+  __m512 y = multiply_add(total, broadcast(tokens.scales[row]), _mm512_loadu_ps(output.bias + column));
+  y = apply_epilogue(y, output);
+  if (output.residual != nullptr) y = _mm512_add_ps(y, load16(output.residual, output.dtype, index, lanes));
+  store16(output.data, output.dtype, index, lanes, y);
 }
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
@@ -174,15 +188,26 @@ struct Unpacker {
   }
 };
 
+constexpr __mmask16 all_lanes = 0xffff;
+
 INLINE __m512 load_scales(const Panel& panel, int64_t group, int64_t column) {
-  const uint16_t* scales = panel.scales + group * panel_width + column;
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+  return load16(panel.steps.scales, panel.steps.dtype, group * panel_width + column, all_lanes);
 }
 
+// The integers that come off the codes.
 INLINE __m512i load_zeros(const Panel& panel, int64_t group, int64_t column) {
-  if (panel.zeros == nullptr) return _mm512_set1_epi32(1 << (panel.bits - 1));
-  const uint8_t* zeros = panel.zeros + group * panel_width + column;
+  if (panel.steps.kind != Zeros::codes) return _mm512_set1_epi32(panel.midpoint());
+  const uint8_t* zeros = static_cast<const uint8_t*>(panel.steps.zeros) + group * panel_width + column;
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+}
+
+INLINE __m512 load_shifts(const Panel& panel, int64_t group, int64_t column) {
+  __m512 zeros = broadcast(0.5f);
+  if (panel.steps.kind == Zeros::fractional) {
+    zeros = load16(panel.steps.zeros, panel.steps.dtype, group * panel_width + column, all_lanes);
+  }
+  const __m512 rest = sub(broadcast(static_cast<float>(panel.midpoint())), zeros);
+  return mul(load_scales(panel, group, column), rest);
 }
 
 INLINE __m512i load_quad(const int8_t* codes) {
@@ -230,6 +255,12 @@ void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
     for (int t = 0; t < tiles; ++t) {
       const __m512 scales = load_scales(panel, group, t * tile_width);
       for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+      if (!panel.is_shifted()) continue;
+      const __m512 shifts = load_shifts(panel, group, t * tile_width);
+      for (int r = 0; r < Rows; ++r) {
+        const float sum = static_cast<float>(tokens.sums[r * panel.groups + group]);
+        total[r][t] = multiply_add(broadcast(sum), shifts, total[r][t]);
+      }
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -239,40 +270,39 @@ void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
 
-// The panel unpacked: bytes [quads, 4 tiles, 64], float scales [groups, 64], and int32 zeros [groups, 64] where they
-// could not be folded into the bytes.
-struct Unpacked {
-  uint8_t* bytes;
-  float* scales;
-  int32_t* zeros;
+#include "qmatmul/unpacked.inl"
 
-  INLINE Unpacked(const Panel& panel, void* scratch) {
-    bytes = static_cast<uint8_t*>(scratch);
-    scales = reinterpret_cast<float*>(bytes + panel.quads * quad * panel_width);
-    zeros = reinterpret_cast<int32_t*>(scales + panel.groups * panel_width);
-  }
+// What a group adds after its products.
+enum class After {
+  nothing,
+  zeros,  // zero points that could not be folded into the bytes
+  shifts,
 };
 
-INLINE bool has_own_zeros(const Panel& panel) { return panel.bits == 8 && panel.zeros != nullptr; }
+INLINE After after_products(const Panel& panel) {
+  if (panel.is_shifted()) return After::shifts;
+  return panel.bits == 8 && panel.steps.kind == Zeros::codes ? After::zeros : After::nothing;
+}
 
 template <int Bits>
 void unpack_panel(const Panel& panel, const Unpacked& to) {
   const Unpacker<Bits> unpack;
-  const bool own_zeros = has_own_zeros(panel);
+  const After after = after_products(panel);
   for (int64_t group = 0; group < panel.groups; ++group) {
     const int64_t quads = panel.quads_in(group);
     for (int64_t t = 0; t < panel_width / tile_width; ++t) {
       const int64_t column = group * panel_width + t * tile_width;
       const __m512i zeros = load_zeros(panel, group, t * tile_width);
       _mm512_store_ps(to.scales + column, load_scales(panel, group, t * tile_width));
-      if (own_zeros) _mm512_store_si512(to.zeros + column, zeros);
+      if (after == After::zeros) _mm512_store_si512(to.zeros + column, zeros);
+      if (after == After::shifts) _mm512_store_ps(to.shifts + column, load_shifts(panel, group, t * tile_width));
       // 128 - zero in every byte of a column's lane.
-      const __m512i shift = own_zeros ? _mm512_setzero_si512()
-                                      : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
-                                                           _mm512_set1_epi32(0x01010101));
+      const __m512i offset = after == After::zeros ? _mm512_setzero_si512()
+                                                   : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
+                                                                        _mm512_set1_epi32(0x01010101));
       const int64_t first = group * panel.group_quads * 4 + t;
       for (int64_t tile = first; tile < first + quads * 4; tile += 4) {
-        const __m512i bytes = _mm512_add_epi8(unpack(panel.codes + tile * 8 * Bits), shift);
+        const __m512i bytes = _mm512_add_epi8(unpack(panel.codes + tile * 8 * Bits), offset);
         _mm512_store_si512(to.bytes + tile * 64, bytes);
       }
     }
@@ -282,7 +312,7 @@ void unpack_panel(const Panel& panel, const Unpacked& to) {
 constexpr int tile_rows = 6;
 constexpr int tile_columns = 2;  // of 16 output features
 
-template <int Rows, bool OwnZeros>
+template <int Rows, After after>
 void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& tokens, int64_t row, int64_t first_tile,
                    const Output& output) {
   __m512 total[Rows][tile_columns];
@@ -296,7 +326,7 @@ void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& to
     const int64_t column = group * panel_width + first_tile * tile_width;
     __m512i dot[Rows][tile_columns];
     for (int r = 0; r < Rows; ++r) {
-      const int32_t start = OwnZeros ? 0 : -128 * sums[r * panel.groups + group];
+      const int32_t start = after == After::zeros ? 0 : -128 * sums[r * panel.groups + group];
       for (int t = 0; t < tile_columns; ++t) dot[r][t] = _mm512_set1_epi32(start);
     }
     for (int64_t n = panel.quads_in(group); n > 0; --n) {
@@ -312,12 +342,17 @@ void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& to
     for (int t = 0; t < tile_columns; ++t) {
       const __m512 scales = _mm512_load_ps(weights.scales + column + t * tile_width);
       for (int r = 0; r < Rows; ++r) {
-        if constexpr (OwnZeros) {
+        if constexpr (after == After::zeros) {
           const __m512i sum = _mm512_set1_epi32(sums[r * panel.groups + group]);
           const __m512i zeros = _mm512_load_si512(weights.zeros + column + t * tile_width);
           dot[r][t] = _mm512_sub_epi32(dot[r][t], _mm512_mullo_epi32(zeros, sum));
         }
         total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+        if constexpr (after == After::shifts) {
+          const __m512 sum = broadcast(static_cast<float>(sums[r * panel.groups + group]));
+          const __m512 shifts = _mm512_load_ps(weights.shifts + column + t * tile_width);
+          total[r][t] = multiply_add(sum, shifts, total[r][t]);
+        }
       }
     }
   }
@@ -329,14 +364,14 @@ void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& to
 }
 
 using MultiplyTile = void (*)(const Panel&, const Unpacked&, const Tokens&, int64_t, int64_t, const Output&);
-template <bool OwnZeros>
+template <After after>
 constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
-                                                          multiply_tile<1, OwnZeros>,
-                                                          multiply_tile<2, OwnZeros>,
-                                                          multiply_tile<3, OwnZeros>,
-                                                          multiply_tile<4, OwnZeros>,
-                                                          multiply_tile<5, OwnZeros>,
-                                                          multiply_tile<6, OwnZeros>};
+                                                          multiply_tile<1, after>,
+                                                          multiply_tile<2, after>,
+                                                          multiply_tile<3, after>,
+                                                          multiply_tile<4, after>,
+                                                          multiply_tile<5, after>,
+                                                          multiply_tile<6, after>};
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -354,7 +389,10 @@ void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& outpu
   }
   const Unpacked weights(panel, scratch);
   unpack_panel<Bits>(panel, weights);
-  const MultiplyTile* of_rows = has_own_zeros(panel) ? multiply_tile_of<true> : multiply_tile_of<false>;
+  const After after = after_products(panel);
+  const MultiplyTile* of_rows = after == After::zeros    ? multiply_tile_of<After::zeros>
+                                : after == After::shifts ? multiply_tile_of<After::shifts>
+                                                         : multiply_tile_of<After::nothing>;
   const int64_t used_tiles = (output.columns + tile_width - 1) / tile_width;
   for (int64_t row = 0; row < tokens.rows; row += tile_rows) {
     const int64_t rows = tokens.rows - row < tile_rows ? tokens.rows - row : tile_rows;
@@ -365,14 +403,10 @@ void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& outpu
 }
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
-  constexpr decltype(&multiply) of_bits[] = {nullptr,          nullptr,          multiply_bits<2>,
+  constexpr decltype(&multiply) of_bits[] = {nullptr,          multiply_bits<1>, multiply_bits<2>,
                                              multiply_bits<3>, multiply_bits<4>, multiply_bits<5>,
                                              multiply_bits<6>, multiply_bits<7>, multiply_bits<8>};
   of_bits[panel.bits](panel, tokens, output, scratch);
-}
-
-int64_t scratch_bytes(const Panel& panel) {
-  return (panel.quads * quad + panel.groups * static_cast<int64_t>(sizeof(float) + sizeof(int32_t))) * panel_width;
 }
 
 }  // namespace

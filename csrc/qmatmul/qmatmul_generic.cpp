@@ -15,12 +15,14 @@ using Index = int;
 Vec broadcast(float v) { return v; }
 Vec sub(Vec a, Vec b) { return a - b; }
 Vec mul(Vec a, Vec b) { return a * b; }
+Vec divide(Vec a, Vec b) { return a / b; }
 Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 Vec absolute(Vec v) { return std::fabs(v); }
 Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 Index truncate(Vec v) { return static_cast<int>(v); }
 Vec widen(Index i) { return static_cast<float>(i); }
+Vec power_of_two(Index i) { return std::ldexp(1.f, i); }
 Vec look_up(const float* table, Index i) { return table[i]; }
 
 #include "qmatmul/epilogue.inl"
@@ -62,6 +64,7 @@ uint64_t spread(uint64_t word, int bits) {
 // Signed weights [64] of input feature `k`, in units of their scale.
 void unpack_feature(const Panel& panel, int64_t k, int16_t* weights) {
   const int64_t group = k / (panel.group_quads * quad);
+  const uint8_t* codes = static_cast<const uint8_t*>(panel.steps.zeros);
   const uint8_t* words = panel.codes + k / quad * 32 * panel.bits;
   for (int64_t column = 0; column < panel_width; column += 2) {
     uint64_t word = 0;
@@ -71,9 +74,15 @@ void unpack_feature(const Panel& panel, int64_t k, int16_t* weights) {
     weights[column + 1] = static_cast<int16_t>(word >> 32 & 0xff);
   }
   for (int64_t column = 0; column < panel_width; ++column) {
-    const int zero = panel.zeros ? panel.zeros[group * panel_width + column] : 1 << (panel.bits - 1);
+    const int zero = panel.steps.kind == Zeros::codes ? codes[group * panel_width + column] : panel.midpoint();
     weights[column] = static_cast<int16_t>(weights[column] - zero);
   }
+}
+
+float shift(const Panel& panel, float scale, int64_t index) {
+  const Steps& steps = panel.steps;
+  const float zero = steps.kind == Zeros::fractional ? load_scalar(steps.zeros, steps.dtype, index) : 0.5f;
+  return scale * (static_cast<float>(panel.midpoint()) - zero);
 }
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -88,12 +97,18 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
       for (int64_t k = first; k < first + panel.quads_in(group) * quad; ++k) {
         for (int64_t i = 0; i < panel_width; ++i) dot[i] += codes[k] * weights[k * panel_width + i];
       }
-      const uint16_t* scales = panel.scales + group * panel_width;
-      for (int64_t i = 0; i < panel_width; ++i) total[i] += static_cast<float>(dot[i]) * f16_to_float(scales[i]);
+      const float sum = static_cast<float>(tokens.sums[row * panel.groups + group]);
+      for (int64_t i = 0; i < panel_width; ++i) {
+        const float scale = load_scalar(panel.steps.scales, panel.steps.dtype, group * panel_width + i);
+        total[i] += static_cast<float>(dot[i]) * scale;
+        if (panel.is_shifted()) total[i] += sum * shift(panel, scale, group * panel_width + i);
+      }
     }
-    char* y = static_cast<char*>(output.data) + row * output.row_stride * size_of(output.dtype);
     for (int64_t i = 0; i < output.columns; ++i) {
-      store_scalar(y, output.dtype, i, apply_epilogue(total[i] * tokens.scales[row] + output.bias[i], output));
+      const int64_t index = row * output.row_stride + i;
+      float y = apply_epilogue(total[i] * tokens.scales[row] + output.bias[i], output);
+      if (output.residual != nullptr) y += load_scalar(output.residual, output.dtype, index);
+      store_scalar(output.data, output.dtype, index, y);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""QuantLinear: nn.Linear on packed weights of 2 to 8 bits."""
+"""QuantLinear: nn.Linear on packed weights of 1 to 8 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ ACTIVATIONS = ("int8",)
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with weights of 2 to 8 bits in groups and int8 products; a drop-in for `nn.Linear` at inference.
+    """A linear layer with weights of 1 to 8 bits in groups and int8 products; a drop-in for `nn.Linear` at inference.
 
     Build one from a trained layer with `QuantLinear.from_linear`. The constructor makes an empty layer of the same
     configuration, to load a `state_dict` into. The state is plain tensors (`codes`, `scales`, `zeros` unless symmetric,
@@ -27,11 +27,12 @@ class QuantLinear(nn.Module):
     Args:
         in_features, out_features: as nn.Linear's; any size.
         bias: whether there is one.
-        bits: bits per weight, 2 to 8.
+        bits: bits per weight, 1 to 8.
         group_size: input features that share a scale, a multiple of 16; the last group may be shorter.
         symmetric: no zero points (see `fastembed.quantize.quantize_rtn`).
         activations: "int8".
-        epilogue: None, "gelu" (erf), "gelu_tanh" or "relu", applied after the bias in the same pass. May be set later.
+        epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias in the same pass. May be set
+            later.
         device: where the tensors live.
 
     Raises:

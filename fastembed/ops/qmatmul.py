@@ -9,12 +9,16 @@ from .._native import core, num_threads
 from ..reference import qmatmul as reference
 from ._registry import Op
 
-EPILOGUES = (None, "gelu", "gelu_tanh", "relu")
-BITS = range(2, 9)
+EPILOGUES = (None, "gelu", "gelu_tanh", "relu", "silu")
+BITS = range(1, 9)
 GROUP_MULTIPLE = 16
+# Products of 8-bit codes and activations are summed in int32 within a group.
+MAX_GROUP_FEATURES = 65536
 
 # As csrc/common/dtype.hpp numbers them.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As csrc/qmatmul/kernels.hpp numbers them.
+_NO_ZEROS, _CODE_ZEROS, _FRACTIONAL_ZEROS = range(3)
 
 
 def qlinear(
@@ -23,6 +27,7 @@ def qlinear(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None = None,
     *,
     bits: int,
     group_size: int,
@@ -37,22 +42,24 @@ def qlinear(
         x: [..., in_features], float32, bfloat16 or float16. A token (row) with a NaN or infinite entry gives NaN
             outputs; the other tokens are not affected.
         codes: uint8 [panels, ceil(in_features / 4), 32 * bits], panels = ceil(out_features / 64).
-        scales: float16 [panels, groups, 64], groups = ceil(in_features / group_size).
-        zeros: uint8 like scales, or None for symmetric codes.
+        scales: float16, bfloat16 or float32 [panels, groups, 64], groups = ceil(in_features / group_size).
+        zeros: shaped as scales, uint8 or in their dtype (then fractional values are allowed); or None for symmetric
+            codes, whose zero point is 2**(bits - 1), and 0.5 for one bit.
         bias: [out_features] in any of x's dtypes, or None.
-        bits: 2 to 8.
-        group_size: a positive multiple of 16.
+        residual: [..., out_features] in x's dtype, added after the epilogue; or None.
+        bits: 1 to 8.
+        group_size: a positive multiple of 16. May exceed in_features: then a whole row is one group, of at most 65536.
         out_features: rows of the weight.
-        epilogue: None, "gelu" (erf), "gelu_tanh" or "relu", applied after the bias.
+        epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias.
 
     Returns:
         [..., out_features] in x's dtype. Accumulated in int32 within a group and float32 across groups, rounded once.
-        The gradient reaches x (straight through the rounding of the activations) and bias; weights have none.
+        The gradient reaches x (straight through the rounding of the activations), bias and residual; weights have none.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    return _qlinear(x, codes, scales, zeros, bias, bits, group_size, out_features, epilogue)
+    return _qlinear(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
 
 
 def dequantize_weight(
@@ -84,10 +91,16 @@ def _check_weight(
 ) -> None:
     panels = -(-n // reference.PANEL)
     _check_tensor("codes", codes, (panels, -(-k // reference.QUAD), 32 * bits), torch.uint8, codes.device)
+    if min(group_size, k) > MAX_GROUP_FEATURES:
+        raise ValueError(f"group_size must be at most {MAX_GROUP_FEATURES} for {k} in_features, got {group_size}")
     per_group = (panels, -(-k // group_size), reference.PANEL)
-    _check_tensor("scales", scales, per_group, torch.float16, codes.device)
+    if scales.dtype not in _DTYPE_CODES:
+        raise TypeError(f"scales must be float32, bfloat16 or float16, got {scales.dtype}")
+    _check_tensor("scales", scales, per_group, scales.dtype, codes.device)
     if zeros is not None:
-        _check_tensor("zeros", zeros, per_group, torch.uint8, codes.device)
+        if zeros.dtype not in (torch.uint8, scales.dtype):
+            raise TypeError(f"zeros must be torch.uint8 or {scales.dtype} like the scales, got {zeros.dtype}")
+        _check_tensor("zeros", zeros, per_group, zeros.dtype, codes.device)
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -105,6 +118,7 @@ def _check(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     group_size: int,
     out_features: int,
@@ -127,6 +141,8 @@ def _check(
         if bias.dtype not in _DTYPE_CODES:
             raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
         _check_tensor("bias", bias, (out_features,), bias.dtype, x.device)
+    if residual is not None:
+        _check_tensor("residual", residual, (*x.shape[:-1], out_features), x.dtype, x.device)
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
@@ -140,12 +156,13 @@ def _cpu(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     group_size: int,
     out_features: int,
     epilogue: str | None,
 ) -> Tensor:
-    _check(x, codes, scales, zeros, bias, bits, group_size, out_features, epilogue)
+    _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
     in_features = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     if in_features > 1 and rows.stride(1) != 1:
@@ -154,6 +171,7 @@ def _cpu(
     codes, scales = codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
     core.qlinear(
         rows.data_ptr(),
         _DTYPE_CODES[x.dtype],
@@ -162,13 +180,16 @@ def _cpu(
         rows.stride(0),
         codes.data_ptr(),
         scales.data_ptr(),
+        _DTYPE_CODES[scales.dtype],
         0 if zeros is None else zeros.data_ptr(),
+        _NO_ZEROS if zeros is None else _CODE_ZEROS if zeros.dtype == torch.uint8 else _FRACTIONAL_ZEROS,
         bits,
         group_size,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPE_CODES[bias.dtype],
         out_features,
         EPILOGUES.index(epilogue),
+        0 if residual is None else residual.data_ptr(),
         y.data_ptr(),
         num_threads(),
     )
@@ -177,20 +198,21 @@ def _cpu(
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
     _check(x, *args)
-    out_features = args[6]
+    out_features = args[7]
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.out_features, ctx.epilogue = inputs
+    x, codes, scales, zeros, bias, _, ctx.bits, ctx.group_size, ctx.out_features, ctx.epilogue = inputs
     ctx.save_for_backward(x, codes, scales, zeros, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scales, zeros, bias = ctx.saved_tensors
+    grad_residual = grad if ctx.needs_input_grad[5] else None
     grad = grad.float()
     if ctx.epilogue is not None:
-        before = _qlinear(x, codes, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.out_features, None)
+        before = _qlinear(x, codes, scales, zeros, bias, None, ctx.bits, ctx.group_size, ctx.out_features, None)
         grad = reference.epilogue_gradient(grad, before.float(), ctx.epilogue)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -198,7 +220,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = (grad @ weight).to(x.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.out_features).sum(dim=0).to(bias.dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, grad_residual, None, None, None, None
 
 
 def _dequantize_reference(
@@ -218,8 +240,8 @@ def _dequantize_fake(
 
 
 _qlinear = Op(
-    "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
-    "int out_features, str? epilogue) -> Tensor",
+    "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? residual, int bits, "
+    "int group_size, int out_features, str? epilogue) -> Tensor",
     implementations={"cpu": _cpu, "reference": _reference},
     fake=_fake,
     setup_context=_setup_context,

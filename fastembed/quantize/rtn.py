@@ -21,10 +21,11 @@ def quantize_rtn(
 
     Args:
         weight: [out_features, in_features], floating point, finite.
-        bits: 2 to 8; codes are 0 .. 2**bits - 1.
+        bits: 1 to 8; codes are 0 .. 2**bits - 1.
         group_size: input features that share a scale; the last group may be shorter.
-        symmetric: zero is the middle code, 2**(bits - 1), and no zero points are kept. Otherwise a group's codes span
-            its smallest to its largest weight (zero included, and represented exactly).
+        symmetric: zero is the middle code, 2**(bits - 1), and no zero points are kept; one bit stands for plus or minus
+            the group's largest magnitude. Otherwise a group's codes span its smallest to its largest weight (zero
+            included, and represented exactly).
 
     Returns:
         codes uint8 [out_features, in_features], scales float16 [out_features, groups] and zero points uint8 of the
@@ -42,7 +43,7 @@ def quantize_rtn(
     groups = F.pad(weight.float(), (0, -columns % group_size)).reshape(rows, count, group_size)
     low = groups.amin(dim=2).clamp(max=0)
     high = groups.amax(dim=2).clamp(min=0)
-    spread = torch.maximum(-low, high) / (top // 2) if symmetric else (high - low) / top
+    spread = torch.maximum(-low, high) / max(top // 2, 0.5) if symmetric else (high - low) / top
     scales = spread.to(SCALE_DTYPE)
     if not bool(scales.isfinite().all()):
         raise ValueError(f"weight is too large: a step of {spread.max().item():.3g} does not fit in {SCALE_DTYPE}")

@@ -2,10 +2,14 @@
 
     w[n, k] = scale[n, g] * (code[n, k] - zero[n, g])            g = k // group_size, codes of 1 to 8 bits
     a[m, k] = round(x[m, k] * 127 / amax[m])                     int8, amax[m] the largest |x[m, k]| of the token
-    y[m, n] = amax[m] / 127 * sum_g scale[n, g] * sum_{k in g} a[m, k] * (code[n, k] - zero[n, g])  + bias[n]
+    y[m, n] = act(amax[m] / 127 * sum_g scale[n, g] * sum_{k in g} a[m, k] * (code[n, k] - zero[n, g]) + bias[n])
+              + residual[m, n]
 
-The inner sum is an exact integer, the outer one float32 in the order of the groups, so a row's result does not depend
-on the other rows.
+A zero point is stored as a code (uint8), as a number in code units (the dtype of the scales), or not at all: then it is
+2**(bits - 1), and 0.5 for one bit. The inner sum is taken over code - origin, an integer (the stored code, else
+2**(bits - 1)), and is exact; where the origin is not the zero point, scale * (origin - zero) times the sum of the
+group's a[m, k] follows in float32. The outer sum is float32 in the order of the groups, so a row's result does not
+depend on the other rows.
 
 Packed codes are one layout for every bit-width and every CPU: panels of 64 output features; within a panel, for every 4
 input features, 256 codes in 32 * bits bytes, as four tiles of 16 output features. A tile is eight little-endian words
@@ -32,6 +36,7 @@ def qlinear(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     bits: int,
     group_size: int,
     out_features: int,
@@ -41,18 +46,26 @@ def qlinear(
     in_features = x.shape[-1]
     activations, token_scales = quantize_activations(x.reshape(x.shape[:-1].numel(), in_features))
     weights = unpack_codes(codes, bits, out_features, in_features).double()
-    midpoints = zero_points(scales, zeros, bits)
+    scales = from_panels(scales, out_features).float()
+    zeros = None if zeros is None else from_panels(zeros, out_features)
+    origins = (
+        zeros.float() if zeros is not None and zeros.dtype == torch.uint8 else torch.full_like(scales, origin(bits))
+    )
+    shifts = scales * (origins - zero_points(scales, zeros, bits))
     total = torch.zeros(activations.shape[0], out_features, device=x.device)
     for group in range(scales.shape[1]):
-        columns = slice(group * group_size, (group + 1) * group_size)
         # Products and sums of these integers are exact in float64.
-        signed = weights[:, columns] - from_panels(midpoints, out_features)[:, group, None].double()
-        dot = (activations[:, columns].double() @ signed.T).float()
-        total += dot * from_panels(scales, out_features)[:, group].float()
+        a = activations[:, group * group_size : (group + 1) * group_size].double()
+        signed = weights[:, group * group_size : (group + 1) * group_size] - origins[:, group, None].double()
+        total += (a @ signed.T).float() * scales[:, group]
+        total += a.sum(dim=1, keepdim=True).float() * shifts[:, group]
     y = total * token_scales
     if bias is not None:
         y = y + bias.float()
-    return apply_epilogue(y, epilogue).to(x.dtype).reshape(*x.shape[:-1], out_features)
+    y = apply_epilogue(y, epilogue).reshape(*x.shape[:-1], out_features)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +85,8 @@ def apply_epilogue(y: Tensor, epilogue: str | None) -> Tensor:
     """What follows the bias, by the name that QuantLinear gives it."""
     if epilogue == "relu":
         return y.relu()
+    if epilogue == "silu":
+        return F.silu(y)
     if epilogue is not None:
         return F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
     return y
@@ -81,6 +96,8 @@ def epilogue_gradient(grad: Tensor, y: Tensor, epilogue: str | None) -> Tensor:
     """Gradient with respect to y, from the gradient of `apply_epilogue(y, epilogue)`."""
     if epilogue == "relu":
         return grad * (y > 0)
+    if epilogue == "silu":
+        return torch.ops.aten.silu_backward(grad, y)
     if epilogue is not None:
         return torch.ops.aten.gelu_backward(grad, y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
     return grad
@@ -103,12 +120,17 @@ def dequantize_weight(
 
 
 def zero_points(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """Zero points [panels, groups, 64] in float32: those stored, or the midpoint of symmetric codes."""
+    """Zero points, shaped as the scales, in float32: those stored, or the midpoint of symmetric codes."""
     return torch.full_like(scales, midpoint(bits), dtype=torch.float32) if zeros is None else zeros.float()
 
 
-def midpoint(bits: int) -> int:
-    """The code that stands for 0 in symmetric quantisation."""
+def midpoint(bits: int) -> float:
+    """What stands for 0 in symmetric quantisation: the middle code, and 0.5, which is no code, for one bit."""
+    return 0.5 if bits == 1 else origin(bits)
+
+
+def origin(bits: int) -> int:
+    """The integer that products are taken against where the zero point is not a stored code."""
     return 1 << (bits - 1)
 
 

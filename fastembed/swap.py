@@ -289,7 +289,12 @@ def _quantise(linear: _Linear, config: QuantConfig) -> QuantLinear:
         if bias is not None and not bias.isfinite().all():
             raise ValueError("bias must be finite, got NaN or infinite entries")
         return QuantLinear.from_linear(
-            linear.module, config.bits, config.group_size, config.symmetric, config.activations
+            linear.module,
+            config.bits,
+            config.group_size,
+            config.symmetric,
+            config.activations,
+            scale_dtype=config.scale_dtype,
         )
     except ValueError as error:
         raise ValueError(f"{linear.name} cannot be quantised: {error}; the model is left as it was") from error

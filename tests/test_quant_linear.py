@@ -44,6 +44,37 @@ def test_rtn_errs_by_half_a_step(
     assert ((codes.float() - midpoints) * steps - weight).abs().le(allowed + (0 if symmetric else 0.5 * steps)).all()
 
 
+@given(
+    group_size=st.sampled_from((16, 64, -1)),
+    shape=st.sampled_from(((1, 1), (5, 37), (70, 100))),
+    offset=st.sampled_from((0.0, 1.0)),
+    scale_dtype=st.sampled_from((torch.float16, torch.bfloat16, torch.float32)),
+)
+def test_one_bit_keeps_the_means_on_both_sides(
+    group_size: int, shape: tuple[int, int], offset: float, scale_dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
+    columns = shape[1] if group_size == -1 else group_size
+    codes, scales, zeros = quantize_rtn(weight, 1, group_size, scale_dtype=scale_dtype)
+    assert zeros.dtype == scales.dtype == scale_dtype
+    rounding = 8 * torch.finfo(scale_dtype).eps
+    for group, start in enumerate(range(0, shape[1], columns)):
+        piece = weight[:, start : start + columns]
+        above = codes[:, start : start + columns].bool()
+        for value, side in ((0, ~above), (1, above)):
+            mean = (piece * side).sum(1) / side.sum(1).clamp(min=1)
+            got = scales[:, group].float() * (value - zeros[:, group].float())
+            mean, got = mean[side.any(1)], got[side.any(1)]
+            torch.testing.assert_close(got, mean, rtol=rounding, atol=rounding * (1 + offset))
+
+
+def test_one_symmetric_bit_is_the_sign_times_the_mean_magnitude() -> None:
+    weight = make_linear().weight.detach()
+    layer = QuantLinear.from_linear(make_linear(), bits=1, group_size=-1, symmetric=True, scale_dtype=torch.float32)
+    expected = torch.where(weight > 0, 1.0, -1.0) * weight.abs().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.dequantize(), expected)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rtn_represents_zero_exactly(symmetric: bool) -> None:
     weight = make_linear().weight.detach()
@@ -54,12 +85,6 @@ def test_rtn_represents_zero_exactly(symmetric: bool) -> None:
     dequantized = QuantLinear.from_linear(layer, bits=4, symmetric=symmetric).dequantize()
     assert torch.equal(dequantized[:, ::3], weight[:, ::3])
     assert torch.equal(dequantized[7], weight[7])
-
-
-def test_rtn_at_one_bit_keeps_signs() -> None:
-    linear = make_linear()
-    dequantized = QuantLinear.from_linear(linear, bits=1, symmetric=True).dequantize()
-    assert torch.equal(dequantized.sign(), linear.weight.sign())
 
 
 def test_rtn_keeps_values_that_are_on_its_grid() -> None:
@@ -98,6 +123,67 @@ def test_near_the_float_layer(isa: str, bits: int, allowed: float, symmetric: bo
     assert (layer.dequantize() - linear.weight).norm() <= allowed * linear.weight.norm()
 
 
+def test_error_falls_with_every_bit() -> None:
+    linear, x = make_linear(), torch.randn(40, 100)
+    errors = [
+        (QuantLinear.from_linear(linear, bits=bits, group_size=32)(x) - linear(x)).norm().item() for bits in range(1, 9)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < linear(x).norm()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("zeros", ["none", "codes", "fractional"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_from_codes(isa: str, bits: int, zeros: str, group_size: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    groups = 1 if group_size == -1 else 4
+    codes = torch.randint(0, 1 << bits, (70, 100), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(70, groups, generator=generator) + 0.1
+    points = {
+        "none": None,
+        "codes": torch.randint(0, 1 << bits, (70, groups), dtype=torch.uint8, generator=generator),
+        "fractional": torch.rand(70, groups, generator=generator) * (1 << bits),
+    }[zeros]
+    bias = torch.randn(70, generator=generator)
+    layer = QuantLinear.from_codes(codes, scales, points, bias, bits=bits, group_size=group_size)
+    columns = torch.arange(100) // (100 if group_size == -1 else 32)
+    middle = 0.5 if bits == 1 else 1 << (bits - 1)
+    minus = middle if points is None else points.float()[:, columns]
+    assert torch.equal(layer.dequantize(), scales[:, columns] * (codes.float() - minus))
+    x = torch.randn(5, 100, generator=generator)
+    expected = nn.functional.linear(x, layer.dequantize(), bias)
+    # Activations are rounded by at most 1 / 254 of their largest.
+    allowed = x.abs().amax(1, keepdim=True) / 254 * layer.dequantize().abs().sum(1) + 1e-3
+    assert ((layer(x) - expected).abs() <= allowed).all()
+    assert layer.symmetric == (points is None)
+
+
+def test_from_codes_refuses_what_does_not_fit() -> None:
+    codes, scales = torch.zeros(6, 32, dtype=torch.uint8), torch.ones(6, 2)
+    settings = {"bits": 2, "group_size": 16}
+    with pytest.raises(TypeError, match=r"codes must be uint8 \[out_features, in_features\], got torch.int64"):
+        QuantLinear.from_codes(codes.long(), scales, None, **settings)
+    with pytest.raises(ValueError, match="codes must be at most 3 for 2 bits, got 4"):
+        QuantLinear.from_codes(codes + 4, scales, None, **settings)
+    with pytest.raises(ValueError, match=r"scales must have shape \[6, 2\], got \[6, 1\]"):
+        QuantLinear.from_codes(codes, scales[:, :1], None, **settings)
+    with pytest.raises(TypeError, match=r"zeros must be uint8 or torch.float32 like the scales, got torch.float16"):
+        QuantLinear.from_codes(codes, scales, scales.half(), **settings)
+    with pytest.raises(ValueError, match=r"bias must have shape \[6\], got \[5\]"):
+        QuantLinear.from_codes(codes, scales, None, torch.zeros(5), **settings)
+    with pytest.raises(TypeError, match=r"scale_dtype must be float16, bfloat16 or float32, got torch.float64"):
+        QuantLinear.from_codes(codes, scales.double(), None, **settings)
+
+
+def test_residual_is_added_after_the_epilogue() -> None:
+    layer = QuantLinear.from_linear(make_linear(), epilogue="gelu")
+    x, residual = torch.randn(3, 100), torch.randn(3, 70)
+    torch.testing.assert_close(layer(x, residual), layer(x) + residual)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x, residual).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_of_layer_and_input_are_free(dtype: torch.dtype) -> None:
     layer = QuantLinear.from_linear(make_linear().to(dtype))
@@ -107,11 +193,12 @@ def test_dtypes_of_layer_and_input_are_free(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_casting_the_model_keeps_the_weight(dtype: torch.dtype) -> None:
-    layer = QuantLinear.from_linear(make_linear())
+@pytest.mark.parametrize("bits", [1, 4])
+def test_casting_the_model_keeps_the_weight(dtype: torch.dtype, bits: int) -> None:
+    layer = QuantLinear.from_linear(make_linear(), bits=bits, scale_dtype=torch.float32)
     weight = layer.dequantize()
     layer.to(dtype)
-    assert layer.scales.dtype == torch.float16
+    assert layer.scales.dtype == torch.float32
     assert torch.equal(layer.dequantize(), weight)
 
 
@@ -134,7 +221,7 @@ def test_under_a_trainable_head() -> None:
     assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_state_dict_fits_a_fresh_layer(bits: int, symmetric: bool) -> None:
     layer = QuantLinear.from_linear(make_linear(), bits=bits, symmetric=symmetric, group_size=32)
@@ -147,7 +234,14 @@ def test_state_dict_fits_a_fresh_layer(bits: int, symmetric: bool) -> None:
 
 def test_state_of_another_configuration_is_refused() -> None:
     state = QuantLinear.from_linear(make_linear()).state_dict()
-    for other in ({"bits": 8}, {"group_size": 32}, {"symmetric": True}, {"bias": False}):
+    for other in (
+        {"bits": 8},
+        {"group_size": 32},
+        {"symmetric": True},
+        {"bias": False},
+        {"scale_dtype": torch.float32},
+        {"fractional_zeros": True},
+    ):
         with pytest.raises(RuntimeError, match=r"state_dict"):
             QuantLinear(100, 70, **other).load_state_dict(state)
 
@@ -169,7 +263,7 @@ def test_copies(clone: Callable[[QuantLinear], QuantLinear]) -> None:
     assert torch.equal(clone(layer)(x), layer(x))
 
 
-@pytest.mark.parametrize("epilogue", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("epilogue", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_epilogue_may_be_set_later(epilogue: str) -> None:
     layer = QuantLinear.from_linear(make_linear())
     x = torch.randn(3, 100)
@@ -179,6 +273,7 @@ def test_epilogue_may_be_set_later(epilogue: str) -> None:
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
         "relu": nn.functional.relu,
+        "silu": nn.functional.silu,
     }[epilogue](plain)
     torch.testing.assert_close(layer(x), after, rtol=1e-6, atol=1e-6)
     layer.epilogue = "swish"
@@ -240,7 +335,7 @@ def test_compile_and_export() -> None:
         ({"bits": 9}, "bits must be 1 to 8, got 9"),
         ({"bits": 4.5}, "bits must be 1 to 8, got 4.5"),
         ({"group_size": 40}, "group_size must be a positive multiple of 16, got 40"),
-        ({"group_size": -1}, "group_size must be a positive multiple of 16, got -1"),
+        ({"group_size": -2}, "group_size must be a positive multiple of 16, got -2"),
         ({"activations": "float"}, "activations must be 'int8', got 'float'"),
         ({"epilogue": "swish"}, "epilogue must be one of"),
     ],

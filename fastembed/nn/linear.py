@@ -7,18 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import qmatmul
-from ..quantize.rtn import SCALE_DTYPE, quantize_rtn
+from ..quantize.rtn import quantize_rtn
 from ..reference.qmatmul import PANEL, QUAD, pack_codes, to_panels
 
 ACTIVATIONS = ("int8",)
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantLinear(nn.Module):
     """A linear layer with weights of 1 to 8 bits in groups and int8 products; a drop-in for `nn.Linear` at inference.
 
-    Build one from a trained layer with `QuantLinear.from_linear`. The constructor makes an empty layer of the same
-    configuration, to load a `state_dict` into. The state is plain tensors (`codes`, `scales`, `zeros` unless symmetric,
-    `bias` if any) in one layout for every CPU, so it can be saved on one machine and loaded on another.
+    Build one from a trained layer with `QuantLinear.from_linear`, or from codes that a quantiser made with
+    `QuantLinear.from_codes`. The constructor makes an empty layer of the same configuration, to load a `state_dict`
+    into. The state is plain tensors (`codes`, `scales`, `zeros` unless symmetric, `bias` if any) in one layout for
+    every CPU, so it can be saved on one machine and loaded on another.
 
     Input [..., in_features] in float32, bfloat16 or float16 gives output [..., out_features] in the same dtype (under
     autocast, in autocast's). Each token's activations are quantised to int8 by their largest magnitude. Gradients reach
@@ -28,15 +30,18 @@ class QuantLinear(nn.Module):
         in_features, out_features: as nn.Linear's; any size.
         bias: whether there is one.
         bits: bits per weight, 1 to 8.
-        group_size: input features that share a scale, a multiple of 16; the last group may be shorter.
+        group_size: input features that share a scale, a multiple of 16; the last group may be shorter. -1: a whole row.
         symmetric: no zero points (see `fastembed.quantize.quantize_rtn`).
         activations: "int8".
         epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias in the same pass. May be set
             later.
+        scale_dtype: float16, bfloat16 or float32; casting the model leaves it alone.
+        fractional_zeros: whether zero points are real numbers in the dtype of the scales instead of codes. Those of one
+            bit always are.
         device: where the tensors live.
 
     Raises:
-        ValueError: a setting is not as above.
+        TypeError, ValueError: a setting is not as above.
     """
 
     codes: Tensor
@@ -55,12 +60,17 @@ class QuantLinear(nn.Module):
         symmetric: bool = False,
         activations: str = "int8",
         epilogue: str | None = None,
+        scale_dtype: torch.dtype = torch.float16,
+        fractional_zeros: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        qmatmul.check_configuration(bits, group_size, epilogue)
+        features_per_group = qmatmul.whole_row(in_features) if group_size == -1 else group_size
+        qmatmul.check_configuration(bits, features_per_group, epilogue)
         if activations not in ACTIVATIONS:
             raise ValueError(f"activations must be {' or '.join(map(repr, ACTIVATIONS))}, got {activations!r}")
+        if scale_dtype not in SCALE_DTYPES:
+            raise TypeError(f"scale_dtype must be float16, bfloat16 or float32, got {scale_dtype}")
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
@@ -68,12 +78,14 @@ class QuantLinear(nn.Module):
         self.symmetric = symmetric
         self.activations = activations
         self.epilogue = epilogue
+        self._features_per_group = features_per_group
         panels = -(-out_features // PANEL)
-        per_group = (panels, -(-in_features // group_size), PANEL)
+        per_group = (panels, -(-in_features // features_per_group), PANEL)
         codes_shape = (panels, -(-in_features // QUAD), 32 * bits)
+        zero_dtype = scale_dtype if fractional_zeros or bits == 1 else torch.uint8
         self.register_buffer("codes", torch.zeros(codes_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.zeros(per_group, dtype=SCALE_DTYPE, device=device))
-        self.register_buffer("zeros", None if symmetric else torch.zeros(per_group, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.zeros(per_group, dtype=scale_dtype, device=device))
+        self.register_buffer("zeros", None if symmetric else torch.zeros(per_group, dtype=zero_dtype, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
 
     @classmethod
@@ -85,42 +97,99 @@ class QuantLinear(nn.Module):
         symmetric: bool = False,
         activations: str = "int8",
         epilogue: str | None = None,
+        scale_dtype: torch.dtype = torch.float16,
     ) -> "QuantLinear":
         """Quantise a trained layer by round-to-nearest. The layer itself is left as it is.
 
         Args:
             linear: an `nn.Linear` with finite weights, in any floating dtype, on any device.
-            bits, group_size, symmetric, activations, epilogue: as in the constructor.
+            bits, group_size, symmetric, activations, epilogue, scale_dtype: as in the constructor.
 
         Raises:
             TypeError: `linear` is not an nn.Linear.
-            ValueError: a setting is not supported, or a weight is NaN, infinite or too large for float16 scales.
+            ValueError: a setting is not supported, or a weight is NaN, infinite or too large for the scales' dtype.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            activations=activations,
-            epilogue=epilogue,
-            device="meta",
-        )
+        # An empty layer applies the rules for the settings before any work is done.
+        settings = {"bits": bits, "group_size": group_size, "activations": activations, "epilogue": epilogue}
+        cls(linear.in_features, linear.out_features, scale_dtype=scale_dtype, device="meta", **settings)  # type: ignore[arg-type]
         with torch.no_grad():
-            codes, scales, zeros = quantize_rtn(linear.weight, bits, group_size, symmetric)
-            layer.codes = pack_codes(codes, bits)
-            layer.scales = to_panels(scales)
-            layer.zeros = None if zeros is None else to_panels(zeros)
-            layer.bias = None if linear.bias is None else linear.bias.detach().clone()
+            codes, scales, zeros = quantize_rtn(linear.weight, bits, group_size, symmetric, scale_dtype)
+            bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls.from_codes(codes, scales, zeros, bias, **settings)  # type: ignore[arg-type]
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        bits: int,
+        group_size: int,
+        activations: str = "int8",
+        epilogue: str | None = None,
+    ) -> "QuantLinear":
+        """A layer of the weight scales * (codes - zeros), as quantisers make it.
+
+        Args:
+            codes: uint8 [out_features, in_features], 0 .. 2**bits - 1.
+            scales: float16, bfloat16 or float32 [out_features, groups], groups = ceil(in_features / group_size).
+            zeros: shaped as scales, uint8 or in their dtype; None: the middle code, 2**(bits - 1), or 0.5 for one bit.
+            bias: [out_features] in float32, bfloat16 or float16, or None. Kept, not copied.
+            bits, group_size, activations, epilogue: as in the constructor.
+
+        Raises:
+            TypeError, ValueError: a tensor is not as above, or a setting is not supported.
+        """
+        if codes.dtype != torch.uint8 or codes.dim() != 2:
+            raise TypeError(f"codes must be uint8 [out_features, in_features], got {codes.dtype} {list(codes.shape)}")
+        out_features, in_features = codes.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias is not None,
+            bits=bits,
+            group_size=group_size,
+            symmetric=zeros is None,
+            activations=activations,
+            epilogue=epilogue,
+            scale_dtype=scales.dtype,
+            fractional_zeros=zeros is not None and zeros.dtype != torch.uint8,
+            device="meta",
+        )
+        if codes.numel() and int(codes.max()) >> bits:
+            raise ValueError(f"codes must be at most {(1 << bits) - 1} for {bits} bits, got {int(codes.max())}")
+        per_group = (out_features, layer.scales.shape[1])
+        for name, tensor, dtypes in (
+            ("scales", scales, (scales.dtype,)),
+            ("zeros", zeros, (torch.uint8, scales.dtype)),
+        ):
+            if tensor is None:
+                continue
+            if tensor.dtype not in dtypes:
+                raise TypeError(f"{name} must be uint8 or {scales.dtype} like the scales, got {tensor.dtype}")
+            if tensor.shape != per_group:
+                raise ValueError(f"{name} must have shape {list(per_group)}, got {list(tensor.shape)}")
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+        if zeros is not None and bits == 1:
+            zeros = zeros.to(scales.dtype)
+        layer.codes = pack_codes(codes, bits)
+        layer.scales = to_panels(scales)
+        layer.zeros = None if zeros is None else to_panels(zeros)
+        layer.bias = bias
+        return layer
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, plus `residual` [..., out_features] if there is one, added after the epilogue."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
+            residual = None if residual is None else residual.to(x.dtype)
         if x.dim() and x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features in its last dimension, got {list(x.shape)}")
         # nn.Module.__getattr__ would cost as much as a small layer.
@@ -131,8 +200,9 @@ class QuantLinear(nn.Module):
             buffers["scales"],  # type: ignore[arg-type]
             buffers["zeros"],
             buffers["bias"],
+            residual,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=self._features_per_group,
             out_features=self.out_features,
             epilogue=self.epilogue,
         )
@@ -144,7 +214,7 @@ class QuantLinear(nn.Module):
             self.scales,
             self.zeros,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=self._features_per_group,
             out_features=self.out_features,
             in_features=self.in_features,
         )
@@ -166,14 +236,29 @@ class QuantLinear(nn.Module):
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}",
             f"activations={self.activations!r}",
         ]
+        if self.scales.dtype != torch.float16:
+            parts.append(f"scale_dtype={self.scales.dtype}")
         if self.epilogue is not None:
             parts.append(f"epilogue={self.epilogue!r}")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # model.half() or .to(torch.bfloat16) change what the model computes in, not what the codes stand for.
-        scales = self.scales
+        scales, zeros = self.scales, self.zeros
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
+            self.zeros = None if zeros is None else zeros.to(self.scales.device)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *reports: Any
+    ) -> None:
+        # Shapes are checked for every module; of dtypes only copies are made, and these would change the weight.
+        *_, error_msgs = reports
+        for name in ("codes", "scales", "zeros"):
+            own, loaded = self._buffers[name], state_dict.get(prefix + name)
+            if own is not None and loaded is not None and own.dtype != loaded.dtype:
+                error_msgs.append(f"{prefix}{name} must be {own.dtype} in the state_dict, got {loaded.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)

@@ -76,6 +76,11 @@ def dequantize_weight(
     return _dequantize(codes, scales, zeros, bits, group_size, out_features, in_features)
 
 
+def whole_row(in_features: int) -> int:
+    """The group size that makes one group of every row."""
+    return max(1, -(-in_features // GROUP_MULTIPLE)) * GROUP_MULTIPLE
+
+
 def check_configuration(bits: int, group_size: int, epilogue: str | None) -> None:
     """Raise ValueError for settings that no backend implements."""
     if bits not in BITS:

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
+
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How `fastembed.swap` quantises the linear layers of a model.
 
     Args:
-        bits, group_size, symmetric, activations: as `fastembed.nn.QuantLinear` takes them.
+        bits, group_size, symmetric, activations, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
         skip: layers to leave as they are, by shell-style patterns over module names. A pattern fits a layer when it
             fits a run of whole components of its name: "pooler" and "encoder.layer.0" leave out everything inside,
             "output.dense" and "layer.*.attention" leave out those layers of every block.
@@ -23,6 +25,7 @@ class QuantConfig:
     group_size: int = 64
     symmetric: bool = False
     activations: str = "int8"
+    scale_dtype: torch.dtype = torch.float16
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -39,6 +42,7 @@ class QuantConfig:
             group_size=self.group_size,
             symmetric=self.symmetric,
             activations=self.activations,
+            scale_dtype=self.scale_dtype,
             device="meta",
         )
 

@@ -172,8 +172,18 @@ def test_from_codes_refuses_what_does_not_fit() -> None:
         QuantLinear.from_codes(codes, scales, scales.half(), **settings)
     with pytest.raises(ValueError, match=r"bias must have shape \[6\], got \[5\]"):
         QuantLinear.from_codes(codes, scales, None, torch.zeros(5), **settings)
-    with pytest.raises(TypeError, match=r"scale_dtype must be float16, bfloat16 or float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"scales must be float16, bfloat16 or float32, got torch.float64"):
         QuantLinear.from_codes(codes, scales.double(), None, **settings)
+
+
+def test_from_codes_takes_the_bias_of_a_linear() -> None:
+    linear = make_linear()
+    codes, scales, zeros = quantize_rtn(linear.weight.detach(), 4, 64)
+    layer = QuantLinear.from_codes(codes, scales, zeros, linear.bias, bits=4, group_size=64)
+    x = torch.randn(3, 100)
+    assert torch.equal(layer(x), QuantLinear.from_linear(linear)(x))
+    with pytest.raises(TypeError, match=r"bias must be float32, bfloat16 or float16, got torch.int64"):
+        QuantLinear.from_codes(codes, scales, zeros, linear.bias.long(), bits=4, group_size=64)
 
 
 def test_residual_is_added_after_the_epilogue() -> None:

@@ -147,6 +147,8 @@ class QuantLinear(nn.Module):
         """
         if codes.dtype != torch.uint8 or codes.dim() != 2:
             raise TypeError(f"codes must be uint8 [out_features, in_features], got {codes.dtype} {list(codes.shape)}")
+        if scales.dtype not in SCALE_DTYPES:
+            raise TypeError(f"scales must be float16, bfloat16 or float32, got {scales.dtype}")
         out_features, in_features = codes.shape
         layer = cls(
             in_features,
@@ -174,6 +176,8 @@ class QuantLinear(nn.Module):
                 raise TypeError(f"{name} must be uint8 or {scales.dtype} like the scales, got {tensor.dtype}")
             if tensor.shape != per_group:
                 raise ValueError(f"{name} must have shape {list(per_group)}, got {list(tensor.shape)}")
+        if bias is not None and bias.dtype not in SCALE_DTYPES:
+            raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
         if zeros is not None and bits == 1:
@@ -181,7 +185,7 @@ class QuantLinear(nn.Module):
         layer.codes = pack_codes(codes, bits)
         layer.scales = to_panels(scales)
         layer.zeros = None if zeros is None else to_panels(zeros)
-        layer.bias = bias
+        layer.bias = None if bias is None else bias.detach()
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -8,5 +8,7 @@ reports), `build.py` compiles both into a module that takes the place of `fastem
 
 A new family needs nothing here but its tests, unless it uses PTX. PTX belongs in headers of csrc/common that hold
 nothing else; the harness then gets a header of the same name with the same functions, written for the simulated
-machine, in a folder that stands before csrc on the include path.
+machine, in shim/common, which stands before csrc on the include path. There are two: tensor_core.cuh (mma, ldmatrix)
+and async_copy.cuh (cp.async). A kernel that uses the latter is tested with the fixtures `thread_order` and `copies`:
+no single mode finds every bug.
 """

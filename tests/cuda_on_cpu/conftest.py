@@ -41,3 +41,10 @@ def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUDA_ON_CPU_ORDER", request.param)
     monkeypatch.setenv("CUDA_ON_CPU_SEED", "1")
     return request.param
+
+
+@pytest.fixture(params=["late", "eager"])
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When asynchronous copies happen: once they are waited for, or at once."""
+    monkeypatch.setenv("CUDA_ON_CPU_COPIES", request.param)
+    return request.param

@@ -1,15 +1,11 @@
 """The harness finds what it is for: every bug that kernels/samples.cu can be given is found by the modes named here,
 and the correct program passes all of them."""
 
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from . import build
-
-SAMPLES = Path(__file__).parent / "kernels" / "samples.cu"
+from . import build, samples
 
 ERRORS = {
     "divergent_barrier": "divergent __syncthreads",
@@ -29,9 +25,7 @@ RACES = ("missing_barrier", "missing_second_barrier", "cross_block_sum", "warp_s
 
 
 def run(bug: str, sanitizer: str = "none") -> subprocess.CompletedProcess[str]:
-    program = build.link("samples", [SAMPLES], sanitizer)
-    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([program, bug], env=env, capture_output=True, text=True, check=False)
+    return samples.run("samples.cu", bug, sanitizer)
 
 
 @pytest.mark.parametrize("sanitizer", build.SANITIZERS)

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 SUITES = [
     path
     for path in sorted(FOLDER.glob("test_*.py"))
-    if path.stem not in ("test_rewriter", "test_injected_bugs", Path(__file__).stem)
+    if path.stem not in ("test_rewriter", "test_injected_bugs", "test_injected_ptx_bugs", Path(__file__).stem)
 ]
 
 

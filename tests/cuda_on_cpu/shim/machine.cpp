@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "fibers.hpp"
@@ -31,6 +32,8 @@ struct Thread {
   unsigned mask = 0;
   const void* input = nullptr;
   void* output = nullptr;
+  std::vector<Copy> open_group;
+  std::deque<std::vector<Copy>> committed_groups;
   // Addresses that stand for synchronisation events (see meet). On the heap, where freeing them ends their history.
   std::unique_ptr<char> arrival = std::make_unique<char>();
   std::shared_ptr<char> departure;
@@ -53,6 +56,7 @@ struct Machine {
   size_t dynamic_shared_bytes = 0;
   Order order = Order::ascending;
   std::mt19937 random;
+  bool late_copies = true;
   bool failed = false;
 
   Fiber scheduler;
@@ -187,13 +191,15 @@ void run_block(const dim3& block) {
   machine.shared.clear();
 }
 
-void read_order() {
+void read_settings() {
   const char* order = std::getenv("CUDA_ON_CPU_ORDER");
   const char* seed = std::getenv("CUDA_ON_CPU_SEED");
   machine.order = order == nullptr || *order == 'a' ? Order::ascending
                   : *order == 'd'                   ? Order::descending
                                                     : Order::random;
   machine.random.seed(seed == nullptr ? 0 : static_cast<unsigned>(std::atoi(seed)));
+  const char* copies = std::getenv("CUDA_ON_CPU_COPIES");
+  machine.late_copies = copies == nullptr || *copies == 'l';
 }
 
 bool valid_configuration(const dim3& grid, const dim3& block, size_t dynamic_shared_bytes) {
@@ -226,7 +232,7 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_b
   machine.dynamic_shared_bytes = dynamic_shared_bytes;
   machine.failed = false;
   current_launch = {{}, block, grid};
-  read_order();
+  read_settings();
   bind_scheduler(machine.scheduler);
   happens_before(&machine.launch_start);
   {
@@ -341,6 +347,28 @@ void yield() {
   const UncheckedScope unchecked;
   release({current_thread->linear_index});
   wait_as(State::ready);
+}
+
+bool put_off(const Copy& copy) {
+  const UncheckedScope unchecked;
+  if (machine.late_copies) running().open_group.push_back(copy);
+  return machine.late_copies;
+}
+
+void commit_copies() {
+  const UncheckedScope unchecked;
+  running().committed_groups.push_back(std::move(running().open_group));
+  running().open_group.clear();
+}
+
+std::vector<Copy> take_copies(size_t pending) {
+  const UncheckedScope unchecked;
+  auto& groups = running().committed_groups;
+  std::vector<Copy> taken;
+  for (; groups.size() > pending; groups.pop_front()) {
+    taken.insert(taken.end(), groups.front().begin(), groups.front().end());
+  }
+  return taken;
 }
 
 void* shared_variable(const void* key, size_t bytes) {

@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <source_location>
 #include <string>
+#include <vector>
 
 // NVIDIA's own types: dim3, uint3, cudaStream_t.
 #include <cuda_runtime.h>
@@ -57,6 +58,19 @@ void warp_barrier(unsigned mask, Site site);
 
 // Lets other threads run: at atomics, so that interleavings vary and a thread that polls makes progress.
 void yield();
+
+// A cp.async: the first valid_bytes come from the source, zeros fill the rest.
+struct Copy {
+  void* target;
+  const void* source;
+  size_t bytes;
+  size_t valid_bytes;
+};
+// Keeps the running thread's copy for later; false when copies are to be made at once.
+bool put_off(const Copy& copy);
+void commit_copies();
+// The copies that cp.async.wait_group waits for: those of all but the `pending` newest groups of the running thread.
+std::vector<Copy> take_copies(size_t pending);
 
 // Memory of the running block, the same for all its threads.
 void* shared_variable(const void* key, size_t bytes);

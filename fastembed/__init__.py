@@ -35,7 +35,7 @@ if _torch is not None:
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
     from .ops.relative import relative_representations
-    from .quantize import QuantConfig
+    from .quantization import QuantConfig
     from .swap import SwapReport, swap, unswap
     from .training import train_binarizer
 

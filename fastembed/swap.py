@@ -14,7 +14,7 @@ from torch import nn
 from .integrations import surgery
 from .integrations.activations import epilogue_of, find_epilogues
 from .nn import QuantLinear
-from .quantize.config import QuantConfig, fits
+from .quantization.config import QuantConfig, fits
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module's name that is a number

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastembed
 from fastembed.nn import QuantLinear
-from fastembed.quantize import quantize_rtn
+from fastembed.quantization import quantize_rtn
 
 
 def make_linear(in_features: int = 100, out_features: int = 70, bias: bool = True) -> nn.Linear:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..quantize import QuantConfig
+from ..quantization import QuantConfig
 from ..swap import swap
 from . import encoders, report, searches
 from .corpus import build_corpus

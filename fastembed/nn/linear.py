@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import qmatmul
-from ..quantize.rtn import quantize_rtn
+from ..quantization.rtn import quantize_rtn
 from ..reference.qmatmul import PANEL, QUAD, pack_codes, to_panels
 
 ACTIVATIONS = ("int8",)
@@ -31,7 +31,7 @@ class QuantLinear(nn.Module):
         bias: whether there is one.
         bits: bits per weight, 1 to 8.
         group_size: input features that share a scale, a multiple of 16; the last group may be shorter. -1: a whole row.
-        symmetric: no zero points (see `fastembed.quantize.quantize_rtn`).
+        symmetric: no zero points (see `fastembed.quantization.quantize_rtn`).
         activations: "int8".
         epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias in the same pass. May be set
             later.

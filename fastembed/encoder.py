@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .integrations.backbones import find_backbone, stream_layers
+from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
 from .ops.pooling import MODES, pool_exits
@@ -138,19 +138,55 @@ class MultiExitEncoder(nn.Module):
             ValueError: exits that this encoder does not have, or hidden states of another shape than the mask.
         """
         wanted = self._choose(exits)
+        pooled: dict[Exit, Tensor] = {}
+        pool = self._pooler(wanted, pooled, inputs.get("attention_mask"), prompt_length)
+        stream_layers(self._backbone, inputs, max(layer for layer, _ in wanted), pool)
+        return {exit: pooled[exit] for exit in wanted}
+
+    @contextmanager
+    def observe(
+        self, attention_mask: Tensor | None = None, *, exits: Sequence[Exit] | None = None, prompt_length: int = 0
+    ) -> Iterator[dict[Exit, Tensor]]:
+        """Pool the exits of a forward pass that is made inside the `with` block, whoever makes it, to its end.
+
+        For callers that need the model's own output too, or that reach the model through something around it
+        (a SentenceTransformer, DistributedDataParallel).
+
+            with encoder.observe(inputs["attention_mask"]) as embeddings:
+                output = model(**inputs)
+            embeddings[2, 64]
+
+        Args:
+            attention_mask, exits, prompt_length: as `forward` takes them.
+
+        Yields:
+            A dict that the pass fills: (layer, dim) -> [B, dim].
+
+        Raises:
+            RuntimeError: the model was not run inside the block.
+            ValueError: as `forward`.
+        """
+        wanted = self._choose(exits)
+        pooled: dict[Exit, Tensor] = {}
+        pool = self._pooler(wanted, pooled, attention_mask, prompt_length)
+        with watch_layers(self._backbone, max(layer for layer, _ in wanted), pool):
+            yield pooled
+        if missing := [exit for exit in wanted if exit not in pooled]:
+            raise RuntimeError(f"{type(self.model).__name__} must run inside the block of observe: {missing} not seen")
+
+    def _pooler(
+        self, wanted: Sequence[Exit], pooled: dict[Exit, Tensor], mask: Tensor | None, prompt_length: int
+    ) -> Callable[[int, Tensor], None]:
+        """What pools the hidden states of a layer into `pooled` where they are wanted."""
         by_layer: dict[int, list[int]] = {}
         for layer, dim in wanted:
             by_layer.setdefault(layer, []).append(dim)
-        backbone = self._backbone
-        last = max(by_layer)
-        norm = backbone.final_norm
-        mask = inputs.get("attention_mask")
-        pooled: dict[Exit, Tensor] = {}
+        norm, depth = self._backbone.final_norm, len(self._backbone.layers)
 
         def pool(layer: int, hidden: Tensor) -> None:
             if layer not in by_layer:
                 return
-            if norm is not None and (self.final_norm or layer == len(backbone.layers)):
+            if norm is not None and (self.final_norm or layer == depth):
                 hidden = norm(hidden)
             if mask is not None and tuple(hidden.shape[:2]) != tuple(mask.shape):
                 raise ValueError(
@@ -160,8 +196,7 @@ class MultiExitEncoder(nn.Module):
             prefixes = self._pool(hidden, valid_tokens(hidden, mask, prompt_length), by_layer[layer], layer)
             pooled.update({(layer, dim): prefix for dim, prefix in prefixes.items()})
 
-        stream_layers(backbone, inputs, last, pool)
-        return {exit: pooled[exit] for exit in wanted}
+        return pool
 
     def encode(
         self,

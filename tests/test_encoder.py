@@ -98,6 +98,22 @@ def test_stops_after_the_last_exit_asked_for() -> None:
     assert ran == [1, 2, 3, 4]
 
 
+def test_observes_a_forward_pass_that_others_make() -> None:
+    model, inputs = tiny_models.encoder(), tiny_models.batch()
+    encoder = MultiExitEncoder(model, [(0, 8), (1, 64)])
+    with torch.no_grad(), encoder.observe(inputs["attention_mask"]) as embeddings:
+        output = model(**inputs)
+    with torch.no_grad():
+        expected, whole = encoder(**inputs), model(**inputs)
+    assert torch.equal(output.last_hidden_state, whole.last_hidden_state)
+    assert {exit: embedding.tolist() for exit, embedding in embeddings.items()} == {
+        exit: embedding.tolist() for exit, embedding in expected.items()
+    }
+    with pytest.raises(RuntimeError, match="BertModel must run inside the block of observe"), encoder.observe():
+        pass
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.encoder.layer)
+
+
 def test_leaves_no_hooks_behind() -> None:
     model = tiny_models.encoder()
     MultiExitEncoder(model, [(1, 64)])(**tiny_models.batch())

@@ -96,8 +96,14 @@ def stream_layers(
         last: the layer after which to stop; 0 for the embedding output.
         receive: called with (0, embedding output), (1, output of the first layer) and so on, before any final norm.
     """
+
+    def receive_and_stop(layer: int, hidden: Tensor) -> None:
+        receive(layer, hidden)
+        if layer == last:
+            raise _Stop
+
     try:
-        with _hooked(backbone, last, receive):
+        with watch_layers(backbone, last, receive_and_stop):
             backbone.model(**inputs)
     except _Stop:
         return
@@ -105,16 +111,16 @@ def stream_layers(
 
 
 @contextmanager
-def _hooked(backbone: Backbone, last: int, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hooks on the layers up to the last. They see every thread that runs the model, and serve this one."""
+def watch_layers(backbone: Backbone, last: int, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand over the hidden states of every forward pass inside the `with` block, up to those of the layer `last`.
+
+    The hooks see every thread that runs the model, and serve this one.
+    """
     owner = threading.get_ident()
 
     def hand_over(layer: int, hidden: Any) -> None:
-        if threading.get_ident() != owner:
-            return
-        receive(layer, hidden if isinstance(hidden, Tensor) else hidden[0])
-        if layer == last:
-            raise _Stop
+        if threading.get_ident() == owner:
+            receive(layer, hidden if isinstance(hidden, Tensor) else hidden[0])
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hand_over(0, args[0] if args else kwargs["hidden_states"])

@@ -10,6 +10,7 @@ namespace py = pybind11;
 // One per family, in csrc/<family>/bindings.cpp.
 void bind_pooling(py::module_& m);
 void bind_qmatmul(py::module_& m);
+void bind_fde(py::module_& m);
 void bind_search(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -19,5 +20,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads OpenMP would use for a parallel region.");
   bind_pooling(m);
   bind_qmatmul(m);
+  bind_fde(m);
   bind_search(m);
 }

@@ -6,15 +6,20 @@ from ._distributions import warn_if_name_is_shared as _warn_if_name_is_shared
 from ._native import torch as _torch
 from .backends import use_backend
 from .info import info
+from .ops.fde import FDEMatrices, fde_documents, fde_queries
+from .ops.relative import relative_representations
 from .ops.search import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FDEMatrices",
     "MultiExitEncoder",
     "QuantConfig",
     "SDCCodes",
     "SwapReport",
+    "fde_documents",
+    "fde_queries",
     "hamming_topk",
     "info",
     "nn",
@@ -34,7 +39,6 @@ if _torch is not None:
     from . import nn
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
-    from .ops.relative import relative_representations
     from .quantization import QuantConfig
     from .swap import SwapReport, swap, unswap
     from .training import train_binarizer

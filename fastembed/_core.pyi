@@ -62,6 +62,26 @@ def rescore(
     ids: int,
     threads: int,
 ) -> None: ...
+def fde(
+    tokens: int,
+    offsets: int,
+    sequences: int,
+    hyperplanes: int,
+    projections: int,
+    buckets: int,
+    signs: int,
+    dim: int,
+    repetitions: int,
+    bits: int,
+    projected: int,
+    final_dim: int,
+    documents: bool,
+    out: int,
+    threads: int,
+) -> int: ...
+def relative_representations(
+    x: int, rows: int, anchors: int, anchor_rows: int, dim: int, dtype: int, out: int, threads: int
+) -> None: ...
 def qlinear(
     x: int,
     dtype: int,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from bench import Case, Context, Faster, OfLimit, Workload
 from bench.harness import runner
@@ -99,3 +101,18 @@ def test_recall_table_holds_every_method_and_knows_a_good_one() -> None:
     assert all(0.2 < row.overlap <= 1 for row in rows.values())
     assert rows["sign codes, 2 bit"].overlap > rows["sign codes, 1 bit"].overlap
     assert rows["sign codes, 2 bit, 40 re-scored"].overlap > rows["sign codes, 2 bit"].overlap
+
+
+def test_chamfer_table_orders_the_encodings() -> None:
+    from bench import chamfer
+
+    generator = torch.Generator().manual_seed(0)
+    documents = [F.normalize(torch.randn(20 + i, 8, generator=generator), dim=1) for i in range(12)]
+    queries = [document[:5] for document in documents]
+    exact = chamfer.chamfer(queries, documents)
+    assert np.allclose(np.diag(exact), 1, atol=1e-6)
+    assert exact[0, 1] == pytest.approx(float((queries[0] @ documents[1].T).amax(dim=1).mean()), abs=1e-6)
+    rows = list(chamfer.table(queries, documents, exact))
+    assert len(rows) == len(chamfer.CONFIGURATIONS)
+    assert rows[0].error > rows[4].error
+    assert all(row.recall[1] > 0.8 for row in rows[2:])

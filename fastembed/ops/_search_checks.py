@@ -21,6 +21,7 @@ FLOATS = _dtypes("float32", "float16", "bfloat16", "float64")
 FLOAT32 = _dtypes("float32")
 UINT8 = _dtypes("uint8")
 INT64 = _dtypes("int64")
+OFFSETS = _dtypes("int32", "int64")
 
 
 def code_bytes(dim: int) -> int:
@@ -100,10 +101,10 @@ def check_candidates(candidate_ids: Any, documents: int) -> None:
         raise IndexError(f"candidate_ids must be row numbers of the {documents} documents, got {wrong}")
 
 
-def raise_not_finite(row: int) -> None:
-    """Raise ValueError unless `row`, the first row of x found not to be finite, is -1."""
+def raise_not_finite(row: int, name: str = "x") -> None:
+    """Raise ValueError unless `row`, the first row found not to be finite, is -1."""
     if row >= 0:
-        raise ValueError(f"x must be finite, got a NaN or infinity in row {row}")
+        raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
 
 
 def are_tensors(**inputs: Any) -> bool:

@@ -1,15 +1,26 @@
-"""Relative representations: embeddings described by their cosines to anchors."""
+"""Relative representations: embeddings described by their cosines to anchors. From NumPy arrays with or without
+PyTorch, and from tensors through a registered op."""
 
-from typing import Any, TypeVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from .. import _native
+from .._native import core, num_threads
 from . import _search_checks as checks
 
-Array = TypeVar("Array", np.ndarray, Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Array = TypeVar("Array", np.ndarray, Tensor)
+
+if _native.torch is not None:
+    from . import _relative_torch
+
+# As csrc/common/dtype.hpp numbers them.
+_DTYPE_CODES: dict[Any, int] = {np.float32: 0, np.float16: 2}
 
 
 def relative_representations(x: Array, anchors: Array) -> Array:
@@ -19,10 +30,12 @@ def relative_representations(x: Array, anchors: Array) -> Array:
     of the same anchor texts by each: so the vectors of one can search those of another. Other differences between
     spaces stay. Where all embeddings lean one way, cosines are mostly positive: subtract the mean before taking signs.
 
-    Plain PyTorch, with gradients to both arguments. A vector of zeros has cosine 0 to everything.
+    With gradients to both arguments. Norms are summed in float64 and cosines in float32, rounded once; a vector of
+    zeros has cosine 0 to everything.
 
     Args:
-        x: [N, D] real; an array or a tensor.
+        x: [N, D], float32, float16, bfloat16 or float64 (arrays of which are computed in float32); an array or a
+            tensor.
         anchors: [K, D] of the same dtype and kind.
 
     Returns:
@@ -36,16 +49,27 @@ def relative_representations(x: Array, anchors: Array) -> Array:
     arXiv 2209.15430.
     """
     are_tensors = checks.are_tensors(x=x, anchors=anchors)
+    _check(x, anchors)
+    if are_tensors:
+        return _relative_torch.relative_representations(x, anchors)
+    return _of_arrays(x, anchors)
+
+
+def _of_arrays(x: Any, anchors: Any) -> Any:
+    dtype = np.float16 if x.dtype == np.float16 else np.float32
+    cosines = np.empty((len(x), len(anchors)), dtype)
+    rows, anchor_rows = (np.require(array, dtype, ["C", "A"]) for array in (x, anchors))
+    core.relative_representations(
+        *(core.address(rows), len(x), core.address(anchor_rows), len(anchors), x.shape[1]),
+        *(_DTYPE_CODES[dtype], core.address(cosines), num_threads()),
+    )
+    return cosines.astype(x.dtype, copy=False)
+
+
+def _check(x: Any, anchors: Any) -> None:
     checks.check_array("x", x, 2, checks.FLOATS)
     checks.check_array("anchors", anchors, 2, checks.FLOATS)
     if x.dtype != anchors.dtype:
         raise TypeError(f"anchors must have the dtype of x, {x.dtype}, got {anchors.dtype}")
     if x.shape[1] != anchors.shape[1]:
         raise ValueError(f"anchors must have the {x.shape[1]} dims of x, got {anchors.shape[1]}")
-    if are_tensors:
-        return _cosines(x, anchors)
-    return _cosines(*(torch.from_numpy(np.ascontiguousarray(array)) for array in (x, anchors))).numpy()
-
-
-def _cosines(x: Any, anchors: Any) -> Any:
-    return F.normalize(x) @ F.normalize(anchors).T

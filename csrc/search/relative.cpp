@@ -1,0 +1,59 @@
+#include "search/relative.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/half.hpp"
+#include "common/threading.hpp"
+#include "search/project.hpp"
+
+namespace fastembed::search {
+namespace {
+
+constexpr int64_t rows_per_task = 56;
+// As torch.nn.functional.normalize has it.
+constexpr double smallest_norm = 1e-12;
+
+// The row as float32, to unit length.
+void unit_row(const void* x, DType dtype, int64_t row, int64_t dim, float* unit) {
+  if (dtype == DType::f32) {
+    std::copy_n(static_cast<const float*>(x) + row * dim, dim, unit);
+  } else {
+    for (int64_t d = 0; d < dim; ++d) unit[d] = load_scalar(x, dtype, row * dim + d);
+  }
+  // Eight running sums, so that the order of the additions is the same on every machine.
+  double sums[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8) {
+    for (int64_t j = 0; j < 8; ++j) sums[j] += static_cast<double>(unit[d + j]) * unit[d + j];
+  }
+  for (; d < dim; ++d) sums[d % 8] += static_cast<double>(unit[d]) * unit[d];
+  const double total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  const auto factor = static_cast<float>(1 / std::max(std::sqrt(total), smallest_norm));
+  for (d = 0; d < dim; ++d) unit[d] *= factor;
+}
+
+}  // namespace
+
+void relative_representations(const void* x, int64_t rows, const void* anchors, int64_t anchor_rows, int64_t dim,
+                              DType dtype, void* out, int threads) {
+  std::vector<float> units(static_cast<size_t>(anchor_rows * dim));
+  for (int64_t a = 0; a < anchor_rows; ++a) unit_row(anchors, dtype, a, dim, units.data() + a * dim);
+  const Panels panels(units.data(), dim, anchor_rows, 1, dim);
+  const ProjectKernels& kernels = project_kernels();
+  parallel_for((rows + rows_per_task - 1) / rows_per_task, threads, [&](int64_t task) {
+    thread_local std::vector<float> tile;
+    const int64_t first = task * rows_per_task;
+    const int64_t count = std::min(rows_per_task, rows - first);
+    tile.resize(static_cast<size_t>(rows_per_task * (dim + anchor_rows)));
+    const int64_t place = first * anchor_rows;
+    float* const cosines = dtype == DType::f32 ? static_cast<float*>(out) + place : tile.data() + rows_per_task * dim;
+    for (int64_t r = 0; r < count; ++r) unit_row(x, dtype, first + r, dim, tile.data() + r * dim);
+    panels.project(kernels, tile.data(), count, dim, cosines, anchor_rows);
+    if (dtype == DType::f32) return;
+    for (int64_t i = 0; i < count * anchor_rows; ++i) store_scalar(out, dtype, place + i, cosines[i]);
+  });
+}
+
+}  // namespace fastembed::search

@@ -107,7 +107,7 @@ def test_chamfer_table_orders_the_encodings() -> None:
     from bench import chamfer
 
     generator = torch.Generator().manual_seed(0)
-    documents = [F.normalize(torch.randn(20 + i, 8, generator=generator), dim=1) for i in range(12)]
+    documents = [F.normalize(torch.randn(20 + i, 32, generator=generator), dim=1) for i in range(12)]
     queries = [document[:5] for document in documents]
     exact = chamfer.chamfer(queries, documents)
     assert np.allclose(np.diag(exact), 1, atol=1e-6)

@@ -5,6 +5,7 @@ from typing import NoReturn
 from ._distributions import warn_if_name_is_shared as _warn_if_name_is_shared
 from ._native import torch as _torch
 from .backends import use_backend
+from .index import BinaryIndex, IndexFileError
 from .info import info
 from .ops.fde import FDEMatrices, fde_documents, fde_queries
 from .ops.relative import relative_representations
@@ -13,7 +14,9 @@ from .ops.search import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BinaryIndex",
     "FDEMatrices",
+    "IndexFileError",
     "MultiExitEncoder",
     "QuantConfig",
     "SDCCodes",

@@ -2,12 +2,13 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from ._atomic import replacing
 
 _KEY = "fastembed"
 
@@ -19,18 +20,8 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     # Each tensor with memory of its own: safetensors refuses shared memory.
     owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     data = save(owned, {_KEY: json.dumps(dict(settings))})
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _sync_folder(target.parent)
+    with replacing(path) as file:
+        file.write(data)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,12 +39,3 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
             return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"path must be an undamaged fastembed safetensors file, got {os.fspath(path)}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,20 @@ def pool_exits(
     cu_seqlens: tuple[int, int, bool] | None,
     mode: int,
     dtype: int,
-    out_dtype: int,
+    out_type: int,
+    normalize: bool,
+    states: Sequence[tuple[int, int]],
+    threads: int,
+) -> None: ...
+def pool_exits_backward(
+    exits: Sequence[tuple[int, int, tuple[int, int], Sequence[tuple[int, int]]]],
+    sequences: int,
+    tokens: int,
+    mask: tuple[int, int, int, int, int, int] | None,
+    cu_seqlens: tuple[int, int, bool] | None,
+    mode: int,
+    dtype: int,
+    prefix_dtype: int,
     normalize: bool,
     threads: int,
 ) -> None: ...

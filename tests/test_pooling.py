@@ -93,6 +93,8 @@ def _calls(draw: st.DrawFn) -> Call:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
         tokens: tuple[int, ...] = (sum(lengths),)
         options: dict[str, Any] = {"cu_seqlens": offsets}
+        if draw(st.booleans()):
+            options["attention_mask"] = draw(_masks(1, sum(lengths)))
     else:
         tokens = draw(st.integers(0, 4)), draw(st.integers(0, 30))
         options = {"attention_mask": draw(_masks(*tokens))}
@@ -137,6 +139,7 @@ def test_padding_never_matters(isa: str, call: Call, data: st.DataObject) -> Non
     if mask is None:
         return
     expected = call.ours()
+    mask = mask.view(call.hidden_states[0].shape[:-1])
     for hidden in call.hidden_states:
         hidden[mask == 0] = data.draw(st.sampled_from([math.nan, math.inf, 1e4]))
     torch.testing.assert_close(call.ours(), expected, rtol=0, atol=0)
@@ -151,6 +154,8 @@ def test_a_batch_of_one_equals_its_row_and_a_prefix_the_prefix_alone(isa: str, c
             begin, end = offsets[row : row + 2].tolist()
             hidden_states = [hidden[begin:end] for hidden in call.hidden_states]
             options["cu_seqlens"] = offsets.new_tensor([0, end - begin])
+            if (mask := call.options.get("attention_mask")) is not None:
+                options["attention_mask"] = mask[:, begin:end]
         else:
             hidden_states = [hidden[row : row + 1] for hidden in call.hidden_states]
             if (mask := call.options["attention_mask"]) is not None:
@@ -159,6 +164,78 @@ def test_a_batch_of_one_equals_its_row_and_a_prefix_the_prefix_alone(isa: str, c
             for dim, tensor in everything[exit_index].items():
                 alone = fastembed.pool_exits([hidden], **{**options, "dims": [dim]})[0][dim]
                 torch.testing.assert_close(alone[0], tensor[row], rtol=0, atol=0, equal_nan=True)
+
+
+@given(call=_calls())
+def test_codes_are_those_of_the_pooled_vectors(isa: str, call: Call) -> None:
+    """Exactly: of what this very kernel pools, int8 as the definition says and bits as pack_bits makes them."""
+    plain = {**call.options, "normalize": False, "out_dtype": torch.float32}
+    pooled = fastembed.pool_exits(call.hidden_states, **plain)
+    int8 = fastembed.pool_exits(call.hidden_states, **{**call.options, "out_dtype": torch.int8})
+    bits = fastembed.pool_exits(call.hidden_states, **{**call.options, "out_dtype": torch.uint8})
+    for vectors, codes, packed in zip(_flat(pooled), _flat(int8), _flat(bits), strict=True):
+        largest = vectors.abs().amax(dim=1, keepdim=True)
+        expected = torch.where(largest > 0, (vectors / largest * 127).round(), 0).to(torch.int8)
+        torch.testing.assert_close(codes, expected, rtol=0, atol=0)
+        torch.testing.assert_close(packed, fastembed.pack_bits(vectors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, 1e-45])
+def test_codes_of_special_values(isa: str, value: float) -> None:
+    hidden = torch.full((1, 1, 37), 2.0)
+    hidden[..., 20] = value
+    if value in (0.0, 1e-45):
+        hidden[:] = value
+    (codes,) = _flat(fastembed.pool_exits([hidden], out_dtype=torch.int8))
+    (bits,) = _flat(fastembed.pool_exits([hidden], out_dtype=torch.uint8))
+    assert (codes == (127 if value == 1e-45 else 0)).all()
+    torch.testing.assert_close(bits, fastembed.pack_bits(hidden[0]), rtol=0, atol=0)
+    with fastembed.use_backend("reference"):
+        same = fastembed.pool_exits([hidden], out_dtype=torch.int8)[0][37]
+    torch.testing.assert_close(codes, same, rtol=0, atol=0)
+
+
+@given(call=_calls(), data=st.data())
+def test_ranges_and_positions_are_masks(isa: str, call: Call, data: st.DataObject) -> None:
+    if (offsets := call.options.get("cu_seqlens")) is not None:
+        starts, lengths = offsets[:-1].tolist(), offsets.diff().tolist()
+    else:
+        batch, length = call.hidden_states[0].shape[:2]
+        starts, lengths = [row * length for row in range(batch)], [length] * batch
+    spans = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in lengths]
+    lists = [data.draw(st.lists(st.integers(-1, n - 1), min_size=3, max_size=3)) for n in lengths]
+    in_span = torch.zeros(call.hidden_states[0].shape[:-1], dtype=torch.bool)
+    listed = in_span.clone()
+    for start, (begin, end), positions in zip(starts, spans, lists, strict=True):
+        in_span.view(-1)[start + begin : start + end] = True
+        for position in positions:
+            if position >= 0:
+                listed.view(-1)[start + position] = True
+    mask = call.options.get("attention_mask")
+    valid = torch.ones_like(in_span) if mask is None else mask.view(in_span.shape).bool()
+    ranges = torch.tensor(spans, dtype=torch.int64).view(-1, 2)
+    positions = torch.tensor(lists, dtype=torch.int32).view(-1, 3)
+    for selection, of_tokens in (
+        ({"ranges": ranges}, in_span),
+        ({"positions": positions}, listed),
+        ({"ranges": ranges, "positions": positions}, in_span & listed),
+    ):
+        ours = fastembed.pool_exits(call.hidden_states, **call.options, **selection)
+        masked = fastembed.pool_exits(call.hidden_states, **{**call.options, "attention_mask": valid & of_tokens})
+        torch.testing.assert_close(ours, masked, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("modes", [["mean", "max"], ["cls"], ["weightedmean", "lasttoken", "mean_sqrt_len"]])
+def test_several_modes_side_by_side_as_in_sentence_transformers(modes: list[str]) -> None:
+    models = pytest.importorskip("sentence_transformers.models")
+    hidden = _random((4, 9, 24), 0)
+    mask = (torch.arange(9) < torch.tensor([9, 1, 4, 6])[:, None]).long()
+    pooling = models.Pooling(24, pooling_mode=tuple(ST_NAMES.get(mode, mode) for mode in modes))
+    theirs = pooling({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+    ours = fastembed.pool_exits([hidden], mask, mode=modes, normalize=False)[0][24 * len(modes)]
+    torch.testing.assert_close(ours, theirs)
+    (prefix,) = fastembed.pool_exits([hidden], mask, mode=modes, dims=[20])[0].values()
+    torch.testing.assert_close(prefix, l2_normalize(ours[:, :20], dim=1))
 
 
 @pytest.mark.parametrize("mode", MODES)

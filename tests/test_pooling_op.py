@@ -16,6 +16,7 @@ from fastembed.ops.pooling import MODES
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0]])
 HIDDEN = [torch.linspace(-2, 2, 3 * 5 * 8).view(3, 5, 8), torch.linspace(1, -3, 3 * 5 * 6).view(3, 5, 6)]
 DIMS = [[4, 8], [3]]
+RANGES = torch.tensor([[0, 5], [2, 4], [1, 1]])
 PACKED = HIDDEN[0].reshape(15, 8)
 CU_SEQLENS = torch.tensor([0, 4, 4, 15])
 
@@ -51,7 +52,7 @@ def _flat(pooled: list[dict[int, Tensor]]) -> tuple[Tensor, ...]:
         (
             lambda: fastembed.pool_exits([PACKED], MASK, cu_seqlens=CU_SEQLENS),
             ValueError,
-            "attention_mask must be None when cu_seqlens is given",
+            r"attention_mask must be \[N\] = \[15\] with cu_seqlens",
         ),
         (lambda: fastembed.pool_exits([PACKED], cu_seqlens=[0, 15]), TypeError, "cu_seqlens must be a tensor"),
         (lambda: fastembed.pool_exits([PACKED], cu_seqlens=CU_SEQLENS.float()), TypeError, "cu_seqlens must be int32"),
@@ -71,6 +72,26 @@ def _flat(pooled: list[dict[int, Tensor]]) -> tuple[Tensor, ...]:
             "cu_seqlens must rise from 0 to the 15 tokens",
         ),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, mode="median"), ValueError, "mode must be one of mean, cls"),
+        (lambda: fastembed.pool_exits(HIDDEN, MASK, mode=[]), TypeError, "mode must be a string or a list"),
+        (lambda: fastembed.pool_exits(HIDDEN, MASK, mode=["mean", "median"]), ValueError, "mode must be one of mean"),
+        (lambda: fastembed.pool_exits(HIDDEN, MASK, mode=["mean"], dims=[9]), ValueError, "dims of exit 0 must lie"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES.tolist()), TypeError, "ranges must be a tensor, got list"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES.float()), TypeError, "ranges must be int32 or int64"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES[:2]), ValueError, r"ranges must be \[B, 2\] with B = 3"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES[:, :1]), ValueError, r"ranges .*got shape \(3, 1\)"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES + 1), ValueError, "ranges must hold a start and an end"),
+        (lambda: fastembed.pool_exits(HIDDEN, ranges=RANGES.flip(1)), ValueError, "0 <= start <= end <= its length"),
+        (lambda: fastembed.pool_exits(HIDDEN, MASK * 2, ranges=RANGES), ValueError, "attention_mask must hold only"),
+        (lambda: fastembed.pool_exits(HIDDEN, positions=RANGES[:1]), ValueError, r"positions must be \[B, P\]"),
+        (lambda: fastembed.pool_exits(HIDDEN, positions=RANGES), ValueError, "positions must lie inside"),
+        (lambda: fastembed.pool_exits(HIDDEN, positions=RANGES - 3), ValueError, "positions must lie inside"),
+        (
+            lambda: fastembed.pool_exits(
+                [PACKED], cu_seqlens=CU_SEQLENS, ranges=torch.tensor([[0, 4], [0, 1], [0, 11]])
+            ),
+            ValueError,
+            "ranges must hold a start and an end per sequence",
+        ),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims=[7]), ValueError, "dims of exit 1 must lie between 1 and"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims=[0]), ValueError, "dims of exit 0 must lie .* got 0"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims=[[4]]), ValueError, "dims must have one list per exit"),
@@ -81,7 +102,7 @@ def _flat(pooled: list[dict[int, Tensor]]) -> tuple[Tensor, ...]:
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims=[True]), TypeError, "dims must be ints, got True"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims=4), TypeError, "dims must be a list of ints"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims="48"), TypeError, "dims must be"),
-        (lambda: fastembed.pool_exits(HIDDEN, MASK, out_dtype=torch.int8), TypeError, "out_dtype must be float32"),
+        (lambda: fastembed.pool_exits(HIDDEN, MASK, out_dtype=torch.int16), TypeError, "out_dtype must be float32"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, out_dtype=torch.float64), TypeError, "out_dtype float64 needs"),
         (lambda: MultiExitPooling(mode="median"), ValueError, "mode must be one of mean, cls"),
     ],
@@ -97,7 +118,7 @@ def _arguments(mode: str, normalize: bool, requires_grad: bool, packed: bool) ->
         tensor.requires_grad_(requires_grad)
     dims, dims_per_exit = ([4, 8], [2]) if packed else ([4, 8, 3], [2, 1])
     mask, cu_seqlens = (None, CU_SEQLENS) if packed else (MASK, None)
-    return hidden, mask, cu_seqlens, mode, dims, dims_per_exit, normalize, torch.float32
+    return hidden, mask, cu_seqlens, mode, dims, dims_per_exit, normalize, torch.float32, requires_grad
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -107,11 +128,16 @@ def test_opcheck(mode: str, requires_grad: bool, packed: bool) -> None:
     torch.library.opcheck(torch.ops.fastembed.pool_exits.default, _arguments(mode, True, requires_grad, packed))
 
 
-def test_opcheck_backward() -> None:
-    hidden, mask, cu_seqlens, mode, dims, dims_per_exit, normalize, _ = _arguments("mean", True, False, False)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_opcheck_backward(mode: str, packed: bool) -> None:
+    hidden, mask, cu_seqlens, mode, dims, dims_per_exit, normalize, *_ = _arguments(mode, True, False, packed)
+    arguments = (mask, cu_seqlens, mode, dims, dims_per_exit, normalize)
+    state = torch.ops.fastembed.pool_exits(hidden, *arguments, torch.float32, True)[len(dims) :]
     grads = [torch.ones(3, dim) for dim in dims]
-    arguments = (hidden, grads, mask, cu_seqlens, mode, dims, dims_per_exit, normalize)
-    torch.library.opcheck(torch.ops.fastembed.pool_exits_backward.default, arguments)
+    tokens, sizes = hidden[0].shape[-2], [tensor.shape[-1] for tensor in hidden]
+    backward = (state, grads, mask, cu_seqlens, tokens, sizes, torch.float32, mode, dims, dims_per_exit, normalize)
+    torch.library.opcheck(torch.ops.fastembed.pool_exits_backward.default, backward)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -170,6 +196,16 @@ def test_compiles_to_one_graph(requires_grad: bool) -> None:
             torch.autograd.grad(sum(t.sum() for t in compiled(*exits)), exits),
             torch.autograd.grad(sum(t.sum() for t in pool(*exits)), exits),
         )
+
+
+@pytest.mark.parametrize("mode", ["weightedmean", ["mean", "max"]])
+def test_everything_compiles_to_one_graph(mode: str | list[str]) -> None:
+    def pool(hidden: Tensor, ranges: Tensor) -> tuple[Tensor, ...]:
+        return _flat(fastembed.pool_exits([hidden], MASK, ranges=ranges, mode=mode, dims=[5], out_dtype=torch.int8))
+
+    with torch.no_grad():
+        compiled = torch.compile(pool, dynamic=True)
+        torch.testing.assert_close(compiled(HIDDEN[0], RANGES), pool(HIDDEN[0], RANGES), rtol=0, atol=0)
 
 
 def test_exports_with_dynamic_batch_and_length() -> None:

@@ -92,7 +92,7 @@ def _pool_group(
     rows = len(outputs[0][0])
     tokens = hidden.shape[-2]
     row_stride = 0 if cu_seqlens is not None else hidden.stride(0)
-    mask_strides = (0, 0) if attention_mask is None else attention_mask.stride()
+    mask_strides = (0, 0) if attention_mask is None else (0, *attention_mask.stride())[-2:]
     layout = (tokens, row_stride, hidden.stride(-2), hidden.stride(-1), *mask_strides)
     widths = tuple(max(exit_dims) for exit_dims in dims)
     width = max(widths)
@@ -182,7 +182,7 @@ def reduce_tokens(
     piece_length = _piece_length(length)
     begin = piece * piece_length
     end = tl.minimum(begin + piece_length, length)
-    mask_row = None if mask is None else mask + row * mask_row_stride
+    mask_row = None if mask is None else mask + row * mask_row_stride + start * mask_token_stride
     source = _pick(hidden, exit) + row * row_stride + start * token_stride + columns.to(tl.int64)[None, :] * dim_stride
 
     if MODE == "weightedmean":
@@ -249,7 +249,7 @@ def finish_rows(
     columns = tl.arange(0, BLOCK_DIM)
 
     start, length = _sequence(cu_seqlens, row, tokens)
-    mask_row = None if mask is None else mask + row * mask_row_stride
+    mask_row = None if mask is None else mask + row * mask_row_stride + start * mask_token_stride
     first, last, count, weights = _valid_tokens(mask_row, mask_token_stride, length)
     wanted = columns < tl.where(count > 0, _pick(widths, exit), 0)
 

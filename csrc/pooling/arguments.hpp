@@ -24,14 +24,18 @@ using PrefixTuples = std::vector<std::pair<int64_t, Address>>;
 // (address, sequence stride, token stride, prefixes)
 using ExitTuple = std::tuple<Address, int64_t, int64_t, PrefixTuples>;
 
+inline std::vector<Prefix> to_prefixes(const PrefixTuples& tuples) {
+  std::vector<Prefix> prefixes;
+  prefixes.reserve(tuples.size());
+  for (const auto& [dim, data] : tuples) prefixes.push_back({dim, reinterpret_cast<void*>(data)});
+  return prefixes;
+}
+
 inline std::vector<Exit> to_exits(const std::vector<ExitTuple>& tuples) {
   std::vector<Exit> exits;
   exits.reserve(tuples.size());
   for (const auto& [data, sequence_stride, token_stride, prefix_tuples] : tuples) {
-    std::vector<Prefix> prefixes;
-    prefixes.reserve(prefix_tuples.size());
-    for (const auto& [dim, out] : prefix_tuples) prefixes.push_back({dim, reinterpret_cast<void*>(out)});
-    exits.push_back({reinterpret_cast<const void*>(data), sequence_stride, token_stride, std::move(prefixes)});
+    exits.push_back({reinterpret_cast<const void*>(data), sequence_stride, token_stride, to_prefixes(prefix_tuples)});
   }
   return exits;
 }

@@ -3,33 +3,59 @@
 //   Vec                           a vector of W floats
 //   load(p), load(p, n)           W, or the first n < W and zeros, of f32, bf16 or f16, widened to float
 //   store(p, v), store(p, v, n)   the same way back, rounded to nearest, ties to even
-//   broadcast, add, sub, mul, div
+//   store_i8(p, v), store_i8(p, v, n)   to int8, rounded likewise, for magnitudes up to 127
+//   can_stream(p)                 whether p is aligned for stream(p, v), a store past the caches
+//   settle()                      makes what was streamed visible like any other store
+//   broadcast, add, sub, mul, div, magnitude
 //   multiply_add(a, b, c)         a * b + c
 //   max_or_nan(a, b)              NaN if either is
 //   zero_if_nan(v)
-//   Squares                       add(v) sums squares in double lanes; total() adds the lanes up in a fixed order
+//   positive(v)                   bit i is set where lane i is above 0
+//   broadcast_bits(i)             lanes of the bits of an int32
+//   beats(a, b)                   lanes where a > b or only a is NaN
+//   select(lanes, a, b)           a in those lanes, b in the others, bits untouched
+//   Products                      add(a, b) sums products in double lanes; total() adds the lanes up in a fixed order
 // Every column is computed by the same operations wherever it falls in a vector, so how the columns are split between
 // threads never shows in a result.
 
 // Tokens are taken in groups. A group's tokens are added one after the other, then the group to the running sum.
 constexpr int64_t group = 8;
 
-// The tokens of one group.
+// Bytes from what is being read to what is asked of the memory meanwhile: a group's tokens are read side by side, and
+// so many streams, of which every page is left after 4 KB at most, are more than hardware prefetching follows.
+// Measured on Zen 4 with 4 KB pages: 8 KB to 64 KB serve, and the second-level cache is the place to put it.
+constexpr int64_t bytes_ahead = 32 << 10;
+
+// The tokens of one group, and those to ask for meanwhile.
 template <class T>
 struct Group {
-  const T* at[group];
+  const T* at[group] = {};
+  const T* soon[group] = {};
   int64_t size;
 
-  Group(const Tokens& tokens, int64_t begin, int64_t first_column) {
-    const T* data = static_cast<const T*>(tokens.data) + first_column;
+  Group(const Tokens& tokens, const Tokens& next, int64_t begin, int64_t first_column, int64_t columns) {
     size = tokens.count - begin < group ? tokens.count - begin : group;
-    for (int64_t i = 0; i < size; ++i) at[i] = data + tokens.index[begin + i] * tokens.stride;
+    const int64_t tokens_ahead = bytes_ahead / (columns * static_cast<int64_t>(sizeof(T))) + 1;
+    for (int64_t i = 0; i < size; ++i) {
+      at[i] = token(tokens, begin + i) + first_column;
+      const int64_t later = begin + i + tokens_ahead;
+      soon[i] = later < tokens.count                ? token(tokens, later) + first_column
+                : later - tokens.count < next.count ? token(next, later - tokens.count) + first_column
+                                                    : at[i];
+    }
+  }
+
+  static const T* token(const Tokens& tokens, int64_t i) {
+    return static_cast<const T*>(tokens.data) + tokens.index[i] * tokens.stride;
+  }
+
+  inline __attribute__((always_inline)) void prefetch(int64_t k, int64_t column) const {
+    constexpr int64_t line = 64, step = Vec::width * sizeof(T);
+    if (step >= line || column * static_cast<int64_t>(sizeof(T)) % line == 0) {
+      __builtin_prefetch(soon[k] + column, 0, 2);
+    }
   }
 };
-
-// Memory delivers most when it is read in order, token by token. Where that is impossible because only some columns are
-// wanted, the gaps defeat the hardware's prefetching, and reading the tokens of a group side by side is faster.
-inline bool read_in_order(const Tokens& tokens, int64_t columns) { return tokens.stride == columns; }
 
 // Calls body(column, lanes) over `columns` columns: whole vectors, then the rest.
 template <class Body>
@@ -38,6 +64,20 @@ inline __attribute__((always_inline)) void for_columns(int64_t columns, const Bo
 #pragma GCC unroll 4
   for (; c + Vec::width <= columns; c += Vec::width) body(c, Vec::width);
   if (c < columns) body(c, columns - c);
+}
+
+// Calls body(members, size) for every group; `size` is a constant wherever a group is full.
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_groups(const Tokens& tokens, const Tokens& next, int64_t first,
+                                                      int64_t columns, const Body& body) {
+  for (int64_t begin = 0; begin < tokens.count; begin += group) {
+    const Group<T> members(tokens, next, begin, first, columns);
+    if (members.size == group) {
+      body(members, begin, group);
+    } else {
+      body(members, begin, members.size);
+    }
+  }
 }
 
 template <class T>
@@ -54,102 +94,9 @@ inline __attribute__((always_inline)) void store_lanes(T* to, Vec value, int64_t
   }
 }
 
-template <class T>
-inline __attribute__((always_inline)) void prefetch_next_group(const Tokens& tokens, const T* column) {
-  __builtin_prefetch(column + group * tokens.stride);
+inline void fill(float* values, int64_t columns, float value) {
+  for_columns(columns, [&](int64_t c, int64_t lanes) { store_lanes(values + c, broadcast(value), lanes); });
 }
-
-// Hardware prefetching stops at the end of a page and has to start anew on the next one. Asking early for the first
-// lines of each page keeps the stream going: up to a quarter faster, measured on Zen 4.
-template <class T>
-inline __attribute__((always_inline)) void prefetch_page_starts(const T* from, int64_t columns) {
-  constexpr uintptr_t page = 4096, line = 64, lines = 4, ahead = 2048;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + ahead;
-  const uintptr_t end = begin + columns * sizeof(T);
-  for (uintptr_t start = (begin + page - 1) / page * page; start < end; start += page) {
-    for (uintptr_t i = 0; i < lines; ++i) __builtin_prefetch(reinterpret_cast<const void*>(start + i * line));
-  }
-}
-
-// Running sums of a range of columns, the rounding errors kept beside them (Knuth's two-sum), so that the accuracy does
-// not depend on the number of tokens.
-template <class T, class Weighting>
-class Sums {
- public:
-  Sums(const Tokens& tokens, int64_t first, int64_t columns) : tokens_(tokens), first_(first), columns_(columns) {
-    for (int64_t c = 0; c < columns; c += Vec::width) {
-      store(sum_ + c, broadcast(0.f));
-      store(error_ + c, broadcast(0.f));
-      store(group_ + c, broadcast(0.f));
-    }
-    const bool in_order = read_in_order(tokens, columns);
-    for (int64_t begin = 0; begin < tokens.count; begin += group) {
-      const Group<T> members(tokens, begin, first);
-      float weights[group];
-      for (int64_t k = 0; k < members.size; ++k) {
-        weights[k] = static_cast<float>(tokens.index[begin + k] - tokens.index[0] + 1);
-      }
-      if (in_order || members.size < group) {
-        add_in_order(members, weights);
-      } else {
-        add_side_by_side(members, weights);
-      }
-    }
-  }
-
-  void divide_into(float divisor, float* pooled) const {
-    const Vec by = broadcast(divisor);
-    for_columns(columns_, [&](int64_t c, int64_t lanes) {
-      // An infinite or NaN sum has no meaningful error.
-      store_lanes(pooled + c, div(add(load(sum_ + c), zero_if_nan(load(error_ + c))), by), lanes);
-    });
-  }
-
- private:
-  void add_in_order(const Group<T>& members, const float* weights) {
-    const int64_t last = members.size - 1;
-    for (int64_t k = 0; k < last; ++k) {
-      prefetch_page_starts(members.at[k], columns_);
-      for_columns(columns_, [&](int64_t c, int64_t lanes) {
-        const Vec value = load_lanes(members.at[k] + c, lanes);
-        store(group_ + c, Weighting::add_to(load(group_ + c), value, weights[k]));
-      });
-    }
-    prefetch_page_starts(members.at[last], columns_);
-    for_columns(columns_, [&](int64_t c, int64_t lanes) {
-      const Vec value = load_lanes(members.at[last] + c, lanes);
-      add_group(c, Weighting::add_to(load(group_ + c), value, weights[last]));
-      store(group_ + c, broadcast(0.f));
-    });
-  }
-
-  void add_side_by_side(const Group<T>& members, const float* weights) {
-    for_columns(columns_, [&](int64_t c, int64_t lanes) {
-      Vec sum = broadcast(0.f);
-      for (int64_t k = 0; k < group; ++k) {
-        sum = Weighting::add_to(sum, load_lanes(members.at[k] + c, lanes), weights[k]);
-      }
-      for (int64_t k = 0; k < group; ++k) prefetch_next_group(tokens_, members.at[k] + c);
-      add_group(c, sum);
-    });
-  }
-
-  inline __attribute__((always_inline)) void add_group(int64_t c, Vec value) {
-    const Vec before = load(sum_ + c);
-    const Vec after = add(before, value);
-    const Vec added = sub(after, before);
-    const Vec lost = add(sub(before, sub(after, added)), sub(value, added));
-    store(sum_ + c, after);
-    store(error_ + c, add(load(error_ + c), lost));
-  }
-
-  const Tokens& tokens_;
-  const int64_t first_;
-  const int64_t columns_;
-  alignas(64) float sum_[max_columns];
-  alignas(64) float error_[max_columns];
-  alignas(64) float group_[max_columns];  // zeros between groups
-};
 
 struct Plain {
   static inline __attribute__((always_inline)) Vec add_to(Vec sum, Vec value, float) { return add(sum, value); }
@@ -161,49 +108,113 @@ struct Weighted {
   }
 };
 
+// Running sums, the rounding errors kept beside them (Knuth's two-sum), so that the accuracy does not depend on the
+// number of tokens.
 template <class T, class Weighting>
-void sum_tokens(const Tokens& tokens, int64_t first, int64_t columns, float divisor, float* pooled) {
-  Sums<T, Weighting>(tokens, first, columns).divide_into(divisor, pooled);
+void sum_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, float divisor,
+                float* pooled) {
+  float* const sums = pooled;
+  alignas(64) float errors[max_columns];
+  fill(sums, columns, 0.f);
+  fill(errors, columns, 0.f);
+  for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t begin, int64_t size) {
+    float weights[group];
+    for (int64_t k = 0; k < size; ++k) {
+      weights[k] = static_cast<float>(tokens.index[begin + k] - tokens.index[0] + 1);
+    }
+    for_columns(columns, [&](int64_t c, int64_t lanes) {
+      Vec value = broadcast(0.f);
+      for (int64_t k = 0; k < size; ++k) {
+        value = Weighting::add_to(value, load_lanes(members.at[k] + c, lanes), weights[k]);
+      }
+      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
+      const Vec before = load_lanes(sums + c, lanes);
+      const Vec after = add(before, value);
+      const Vec added = sub(after, before);
+      const Vec lost = add(sub(before, sub(after, added)), sub(value, added));
+      store_lanes(sums + c, after, lanes);
+      store_lanes(errors + c, add(load_lanes(errors + c, lanes), lost), lanes);
+    });
+  });
+  const Vec by = broadcast(divisor);
+  for_columns(columns, [&](int64_t c, int64_t lanes) {
+    // An infinite or NaN sum has no meaningful error.
+    const Vec sum = add(load_lanes(sums + c, lanes), zero_if_nan(load_lanes(errors + c, lanes)));
+    store_lanes(pooled + c, div(sum, by), lanes);
+  });
 }
 
 template <class T>
-void max_tokens(const Tokens& tokens, int64_t first, int64_t columns, float, float* pooled) {
-  const bool in_order = read_in_order(tokens, columns);
-  for_columns(columns, [&](int64_t c, int64_t lanes) { store_lanes(pooled + c, broadcast(-__builtin_inff()), lanes); });
-  for (int64_t begin = 0; begin < tokens.count; begin += group) {
-    const Group<T> members(tokens, begin, first);
-    if (in_order || members.size < group) {
-      for (int64_t k = 0; k < members.size; ++k) {
-        prefetch_page_starts(members.at[k], columns);
-        for_columns(columns, [&](int64_t c, int64_t lanes) {
-          const Vec value = load_lanes(members.at[k] + c, lanes);
-          store_lanes(pooled + c, max_or_nan(load_lanes(pooled + c, lanes), value), lanes);
-        });
-      }
-    } else {
-      for_columns(columns, [&](int64_t c, int64_t lanes) {
-        Vec largest = load_lanes(pooled + c, lanes);
-        for (int64_t k = 0; k < group; ++k) largest = max_or_nan(largest, load_lanes(members.at[k] + c, lanes));
-        for (int64_t k = 0; k < group; ++k) prefetch_next_group(tokens, members.at[k] + c);
-        store_lanes(pooled + c, largest, lanes);
-      });
-    }
-  }
+void max_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, float, float* pooled) {
+  fill(pooled, columns, -__builtin_inff());
+  for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t, int64_t size) {
+    for_columns(columns, [&](int64_t c, int64_t lanes) {
+      Vec largest = load_lanes(pooled + c, lanes);
+      for (int64_t k = 0; k < size; ++k) largest = max_or_nan(largest, load_lanes(members.at[k] + c, lanes));
+      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
+      store_lanes(pooled + c, largest, lanes);
+    });
+  });
 }
+
+template <class T>
+void max_and_winner_tokens(const Tokens& tokens, int64_t first, int64_t columns, float* pooled, int32_t* winner) {
+  float* const winner_bits = reinterpret_cast<float*>(winner);
+  fill(pooled, columns, -__builtin_inff());
+  const Vec first_token = broadcast_bits(static_cast<int32_t>(tokens.index[0]));
+  for_columns(columns, [&](int64_t c, int64_t lanes) { store_lanes(winner_bits + c, first_token, lanes); });
+  const Tokens none = {nullptr, 0, nullptr, 0};
+  for_groups<T>(tokens, none, first, columns, [&](const Group<T>& members, int64_t begin, int64_t size) {
+    for_columns(columns, [&](int64_t c, int64_t lanes) {
+      Vec largest = load_lanes(pooled + c, lanes);
+      Vec of = load_lanes(winner_bits + c, lanes);
+      for (int64_t k = 0; k < size; ++k) {
+        const Vec value = load_lanes(members.at[k] + c, lanes);
+        const auto better = beats(value, largest);
+        largest = select(better, value, largest);
+        of = select(better, broadcast_bits(static_cast<int32_t>(tokens.index[begin + k])), of);
+      }
+      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
+      store_lanes(pooled + c, largest, lanes);
+      store_lanes(winner_bits + c, of, lanes);
+    });
+  });
+}
+
+constexpr float norm_eps = 1e-12f;
+
+// The norms of the prefixes of one vector, asked for in rising order of dim.
+class Norms {
+ public:
+  explicit Norms(const float* pooled) : pooled_(pooled) {}
+
+  float of(int64_t dim) {
+    for (; c_ + Vec::width <= dim; c_ += Vec::width) {
+      const Vec v = load(pooled_ + c_);
+      squares_.add(v, v);
+    }
+    Products with_rest = squares_;
+    if (c_ < dim) {
+      const Vec v = load(pooled_ + c_, dim - c_);
+      with_rest.add(v, v);
+    }
+    return static_cast<float>(__builtin_sqrt(with_rest.total()));
+  }
+
+ private:
+  const float* pooled_;
+  Products squares_;  // of columns [0, c_)
+  int64_t c_ = 0;
+};
 
 template <class T>
 void write_prefixes(const float* pooled, const Prefix* prefixes, int64_t count, int64_t row, bool normalize) {
-  constexpr float norm_eps = 1e-12f;
-  Squares squares;  // of columns [0, c)
-  int64_t c = 0;
+  Norms norms(pooled);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t dim = prefixes[i].dim;
     float divisor = 1.f;
     if (normalize) {
-      for (; c + Vec::width <= dim; c += Vec::width) squares.add(load(pooled + c));
-      Squares with_rest = squares;
-      if (c < dim) with_rest.add(load(pooled + c, dim - c));
-      divisor = static_cast<float>(__builtin_sqrt(with_rest.total()));
+      divisor = norms.of(dim);
       if (divisor < norm_eps) divisor = norm_eps;
     }
     const Vec by = broadcast(divisor);
@@ -213,9 +224,132 @@ void write_prefixes(const float* pooled, const Prefix* prefixes, int64_t count, 
   }
 }
 
+// The largest magnitude of a vector; infinity if one is infinite or NaN.
+inline float largest_magnitude(const float* values, int64_t columns) {
+  Vec largest = broadcast(0.f);
+  for_columns(columns, [&](int64_t c, int64_t lanes) {
+    largest = max_or_nan(largest, magnitude(load_lanes(values + c, lanes)));
+  });
+  float lane[Vec::width];
+  store(lane, largest);
+  float result = 0.f;
+  for (float value : lane) {
+    if (!(value <= __FLT_MAX__)) return __builtin_inff();
+    if (value > result) result = value;
+  }
+  return result;
+}
+
+// 127 over the largest magnitude, zeros where that is zero or not finite.
+void write_i8(const float* pooled, const Prefix* prefixes, int64_t count, int64_t row, bool) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t dim = prefixes[i].dim;
+    int8_t* out = static_cast<int8_t*>(prefixes[i].data) + row * dim;
+    const float largest = largest_magnitude(pooled, dim);
+    if (largest == 0.f || largest > __FLT_MAX__) {
+      for (int64_t c = 0; c < dim; ++c) out[c] = 0;
+      continue;
+    }
+    const Vec by = broadcast(largest), scale = broadcast(127.f);
+    for_columns(dim, [&](int64_t c, int64_t lanes) {
+      const Vec code = mul(div(load_lanes(pooled + c, lanes), by), scale);
+      if (lanes == Vec::width) {
+        store_i8(out + c, code);
+      } else {
+        store_i8(out + c, code, lanes);
+      }
+    });
+  }
+}
+
+inline uint8_t reverse_bits(uint8_t byte) {
+  byte = static_cast<uint8_t>(byte >> 4 | byte << 4);
+  byte = static_cast<uint8_t>((byte >> 2 & 0x33) | (byte & 0x33) << 2);
+  return static_cast<uint8_t>((byte >> 1 & 0x55) | (byte & 0x55) << 1);
+}
+
+// One bit per column, set where it is above zero; the first column in the highest bit of the first byte.
+void write_bits(const float* pooled, const Prefix* prefixes, int64_t count, int64_t row, bool) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t dim = prefixes[i].dim;
+    uint8_t* out = static_cast<uint8_t*>(prefixes[i].data) + row * ((dim + 7) / 8);
+    uint32_t pending = 0;
+    for_columns(dim, [&](int64_t c, int64_t lanes) {
+      pending |= positive(load_lanes(pooled + c, lanes)) << c % 8;
+      for (int64_t done = c + lanes; done / 8 > c / 8; c += 8, pending >>= 8) {
+        *out++ = reverse_bits(static_cast<uint8_t>(pending));
+      }
+    });
+    if (dim % 8 != 0) *out = reverse_bits(static_cast<uint8_t>(pending));
+  }
+}
+
+template <class T>
+void backward_of_prefixes(const float* pooled, const Prefix* grads, int64_t count, int64_t row, bool normalize,
+                          float divisor, int64_t columns, float* grad) {
+  fill(grad, columns, 0.f);
+  Norms norms(pooled);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t dim = grads[i].dim;
+    const T* of_prefix = static_cast<const T*>(grads[i].data) + row * dim;
+    if (!normalize) {
+      for_columns(dim, [&](int64_t c, int64_t lanes) {
+        store_lanes(grad + c, add(load_lanes(grad + c, lanes), load_lanes(of_prefix + c, lanes)), lanes);
+      });
+      continue;
+    }
+    // With u = p / |p|: (g - u (u . g)) / |p|, and g / eps where the norm was too small to divide by.
+    const float norm = norms.of(dim);
+    const bool is_tiny = norm <= norm_eps;
+    const Vec by = broadcast(norm < norm_eps ? norm_eps : norm);
+    Products along;
+    for_columns(dim, [&](int64_t c, int64_t lanes) {
+      along.add(div(load_lanes(pooled + c, lanes), by), load_lanes(of_prefix + c, lanes));
+    });
+    const Vec length = broadcast(is_tiny ? 0.f : static_cast<float>(along.total()));
+    for_columns(dim, [&](int64_t c, int64_t lanes) {
+      const Vec unit = div(load_lanes(pooled + c, lanes), by);
+      const Vec across = sub(load_lanes(of_prefix + c, lanes), mul(unit, length));
+      store_lanes(grad + c, add(load_lanes(grad + c, lanes), div(across, by)), lanes);
+    });
+  }
+  const Vec by = broadcast(divisor);
+  for_columns(columns,
+              [&](int64_t c, int64_t lanes) { store_lanes(grad + c, div(load_lanes(grad + c, lanes), by), lanes); });
+}
+
+template <class T>
+inline __attribute__((always_inline)) void put(T* to, Vec value, bool past_caches) {
+  if (past_caches) {
+    stream(to, value);
+  } else {
+    store(to, value);
+  }
+}
+
+template <class T>
+void backward_of_token(const float* grad, float weight, int64_t columns, int64_t size, bool streamed, void* token) {
+  T* out = static_cast<T*>(token);
+  const Vec by = broadcast(weight), zero = broadcast(0.f);
+  const bool past_caches = streamed && can_stream(out);
+  int64_t c = 0;
+  for (; c + Vec::width <= columns; c += Vec::width) put(out + c, mul(load(grad + c), by), past_caches);
+  if (c < columns) {
+    store(out + c, mul(load(grad + c, columns - c), by), columns - c);
+    c = columns;
+  }
+  for (; c < size && c % Vec::width != 0; ++c) store(out + c, zero, 1);
+  for (; c + Vec::width <= size; c += Vec::width) put(out + c, zero, past_caches);
+  if (c < size) store(out + c, zero, size - c);
+}
+
 constexpr Kernels table = {
     {sum_tokens<f32, Plain>, sum_tokens<bf16, Plain>, sum_tokens<f16, Plain>},
     {sum_tokens<f32, Weighted>, sum_tokens<bf16, Weighted>, sum_tokens<f16, Weighted>},
     {max_tokens<f32>, max_tokens<bf16>, max_tokens<f16>},
-    {write_prefixes<f32>, write_prefixes<bf16>, write_prefixes<f16>},
+    {max_and_winner_tokens<f32>, max_and_winner_tokens<bf16>, max_and_winner_tokens<f16>},
+    {write_prefixes<f32>, write_prefixes<bf16>, write_prefixes<f16>, write_i8, write_bits},
+    {backward_of_prefixes<f32>, backward_of_prefixes<bf16>, backward_of_prefixes<f16>},
+    {backward_of_token<f32>, backward_of_token<bf16>, backward_of_token<f16>},
+    settle,
 };

@@ -8,23 +8,11 @@
 #include <memory>
 #include <utility>
 
-#include "common/isa.hpp"
 #include "common/threading.hpp"
+#include "pooling/active_kernels.hpp"
 #include "pooling/token_plan.hpp"
 
 namespace fastembed::pooling {
-
-namespace generic {
-const Kernels& kernels();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-#endif
 
 namespace {
 
@@ -32,15 +20,6 @@ namespace {
 constexpr int64_t bytes_per_thread = 256 << 10;
 // Ranges of fewer columns than this read too little of a token at a time to run at memory speed.
 constexpr int64_t min_columns = 64;
-
-const Kernels& active_kernels() {
-#if defined(__x86_64__)
-  static const KernelsByIsa<Kernels> by_isa = {{&generic::kernels(), &avx2::kernels(), &avx512::kernels(), nullptr}};
-#else
-  static const KernelsByIsa<Kernels> by_isa = {{&generic::kernels(), nullptr, nullptr, nullptr}};
-#endif
-  return by_isa.active();
-}
 
 Kernels::Reduce reduce_for(const Kernels& kernels, Mode mode, DType dtype) {
   const auto* by_dtype = mode == Mode::max            ? kernels.max
@@ -55,29 +34,58 @@ int64_t columns_of(const Exit& exit) { return exit.prefixes.back().dim; }
 
 struct Call {
   const std::vector<Exit>& exits;
+  const std::vector<State>& states;
   const TokenPlan& plan;
   int64_t sequences;
+  int64_t rows;  // of all exits
   int64_t element_size;
   bool normalize;
+  int team;
   Kernels::Reduce reduce;
+  Kernels::MaxAndWinner max_and_winner;
   Kernels::Write write;
 
-  void reduce_range(int64_t row, int64_t first, int64_t columns, float* pooled) const {
+  Tokens tokens_of(int64_t row) const {
     const Exit& exit = exits[row / sequences];
     const int64_t sequence = row % sequences;
     const TokenPlan::Sequence& tokens = plan[sequence];
-    if (tokens.count == 0) {
-      std::fill_n(pooled, columns, 0.f);
-      return;
-    }
     const int64_t offset = sequence * exit.sequence_stride + tokens.start * exit.token_stride;
     const char* data = static_cast<const char*>(exit.data) + offset * element_size;
-    reduce({data, exit.token_stride, tokens.index, tokens.count}, first, columns, tokens.divisor, pooled);
+    return {data, exit.token_stride, tokens.index, tokens.count};
+  }
+
+  // What the thread that is at a row will come to after it, as far as that can be foretold.
+  Tokens tokens_after(int64_t row) const {
+    const int64_t next = row + team;
+    const bool same_layout = next < rows && exits[next / sequences].token_stride == exits[row / sequences].token_stride;
+    return same_layout ? tokens_of(next) : Tokens{nullptr, 0, nullptr, 0};
+  }
+
+  void reduce_range(int64_t row, int64_t first, int64_t columns, float* pooled) const {
+    const TokenPlan::Sequence& sequence = plan[row % sequences];
+    int32_t* winner = winner_of(row);
+    if (winner != nullptr) winner += first;
+    if (sequence.count == 0) {
+      std::fill_n(pooled, columns, 0.f);
+      if (winner != nullptr) std::fill_n(winner, columns, -1);
+    } else if (winner != nullptr) {
+      max_and_winner(tokens_of(row), first, columns, pooled, winner);
+    } else {
+      reduce(tokens_of(row), tokens_after(row), first, columns, sequence.divisor, pooled);
+    }
   }
 
   void write_row(int64_t row, const float* pooled) const {
     const std::vector<Prefix>& prefixes = exits[row / sequences].prefixes;
     write(pooled, prefixes.data(), static_cast<int64_t>(prefixes.size()), row % sequences, normalize);
+    if (states.empty()) return;
+    const int64_t columns = columns_of(exits[row / sequences]);
+    std::copy_n(pooled, columns, states[row / sequences].pooled + row % sequences * columns);
+  }
+
+  int32_t* winner_of(int64_t row) const {
+    if (states.empty() || states[row / sequences].winner == nullptr) return nullptr;
+    return states[row / sequences].winner + row % sequences * columns_of(exits[row / sequences]);
   }
 };
 
@@ -106,8 +114,8 @@ void run_ranges(const Call& call, int64_t rows, int64_t most_columns, int64_t ra
 
 }  // namespace
 
-void pool_exits(std::vector<Exit> exits, const Batch& batch, Mode mode, DType dtype, DType out_dtype, bool normalize,
-                int threads) {
+void pool_exits(std::vector<Exit> exits, const std::vector<State>& states, const Batch& batch, Mode mode, DType dtype,
+                OutputType out_type, bool normalize, int threads) {
   const TokenPlan plan(batch, mode);
   int64_t most_columns = 0, all_columns = 0;
   for (Exit& exit : exits) {
@@ -115,18 +123,22 @@ void pool_exits(std::vector<Exit> exits, const Batch& batch, Mode mode, DType dt
     most_columns = std::max(most_columns, columns_of(exit));
     all_columns += columns_of(exit);
   }
-  const Kernels& kernels = active_kernels();
-  const Call call = {exits,
-                     plan,
-                     batch.sequences,
-                     size_of(dtype),
-                     normalize,
-                     reduce_for(kernels, mode, dtype),
-                     kernels.write[static_cast<int>(out_dtype)]};
-
   const int64_t rows = static_cast<int64_t>(exits.size()) * batch.sequences;
   const int64_t bytes = plan.tokens_to_read() * all_columns * size_of(dtype);
   const int team = team_size(1 + bytes / bytes_per_thread, threads);
+  const Kernels& kernels = active_kernels();
+  const Call call = {exits,
+                     states,
+                     plan,
+                     batch.sequences,
+                     rows,
+                     size_of(dtype),
+                     normalize,
+                     team,
+                     reduce_for(kernels, mode, dtype),
+                     kernels.max_and_winner[static_cast<int>(dtype)],
+                     kernels.write[static_cast<int>(out_type)]};
+
   // Twice as many tasks as threads, so that none waits long for the last; no more ranges than are worth it.
   const int64_t ranges_for_threads = team == 1 || rows == 0 ? 1 : ceil_div(2 * team, rows);
   const int64_t ranges =

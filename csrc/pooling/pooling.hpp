@@ -29,11 +29,11 @@ struct Offsets {
   bool is_int64;
 };
 
-// Padded: `sequences` of `tokens` each, all valid without a mask. Packed: `tokens` in all, cut by the offsets.
+// Padded: `sequences` of `tokens` each. Packed: `tokens` in all, cut by the offsets; a mask then has one row of them.
 struct Batch {
   int64_t sequences;
   int64_t tokens;
-  const Mask* mask;        // null: none
+  const Mask* mask;        // null: every token is valid
   const Offsets* offsets;  // null: padded
 };
 
@@ -46,8 +46,28 @@ struct Exit {
   std::vector<Prefix> prefixes;
 };
 
-// Fills every prefix. Throws as TokenPlan does, before anything is read or written.
-void pool_exits(std::vector<Exit> exits, const Batch& batch, Mode mode, DType dtype, DType out_dtype, bool normalize,
-                int threads);
+// What the backward needs of an exit, of the columns of its largest prefix, contiguous.
+struct State {
+  float* pooled;    // [sequences, columns], before normalisation
+  int32_t* winner;  // max only: [sequences, columns], the token that each value is of; -1 without tokens. Else null
+};
+
+// Fills every prefix, and the states unless there are none. Throws as TokenPlan does, before anything is read or
+// written.
+void pool_exits(std::vector<Exit> exits, const std::vector<State>& states, const Batch& batch, Mode mode, DType dtype,
+                OutputType out_type, bool normalize, int threads);
+
+// The gradient of an exit's hidden state, [sequences, tokens, size] or packed [tokens, size], contiguous, to be filled
+// from the gradients of its prefixes.
+struct ExitGradient {
+  void* data;
+  int64_t size;
+  State state;
+  std::vector<Prefix> prefixes;
+};
+
+// Fills every gradient; `dtype` is theirs, `prefix_dtype` that of the prefixes'. Throws as TokenPlan does.
+void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mode mode, DType dtype,
+                         DType prefix_dtype, bool normalize, int threads);
 
 }  // namespace fastembed::pooling

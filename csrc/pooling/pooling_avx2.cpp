@@ -58,11 +58,32 @@ inline void store(f16* p, Vec v) {
 }
 inline void store(f16* p, Vec v, int64_t n) { store_halves(p, _mm256_cvtps_ph(v.lanes, _MM_FROUND_TO_NEAREST_INT), n); }
 
+inline __m128i narrow_i8(__m256 v) {
+  const __m256i codes = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  return _mm_packs_epi16(words, words);
+}
+inline void store_i8(int8_t* p, Vec v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_i8(v.lanes)); }
+inline void store_i8(int8_t* p, Vec v, int64_t n) {
+  int8_t codes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), narrow_i8(v.lanes));
+  __builtin_memcpy(p, codes, static_cast<uint64_t>(n));
+}
+
+inline bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % 32 == 0; }
+inline void stream(f32* p, Vec v) { _mm256_stream_ps(p, v.lanes); }
+inline void stream(bf16* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v.lanes)); }
+inline void stream(f16* p, Vec v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+void settle() { _mm_sfence(); }
+
 inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lanes, b.lanes)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lanes, b.lanes)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lanes, b.lanes)}; }
 inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lanes, b.lanes)}; }
+inline Vec magnitude(Vec v) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), v.lanes)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
 inline Vec max_or_nan(Vec a, Vec b) {
   // The instruction returns its second operand when either is NaN.
@@ -71,15 +92,26 @@ inline Vec max_or_nan(Vec a, Vec b) {
 }
 inline Vec zero_if_nan(Vec v) { return {_mm256_and_ps(v.lanes, _mm256_cmp_ps(v.lanes, v.lanes, _CMP_ORD_Q))}; }
 
-struct Squares {
+inline unsigned positive(Vec v) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v.lanes, _mm256_setzero_ps(), _CMP_GT_OQ)));
+}
+inline Vec broadcast_bits(int32_t i) { return {_mm256_castsi256_ps(_mm256_set1_epi32(i))}; }
+inline __m256 beats(Vec a, Vec b) {
+  const __m256 b_is_number = _mm256_cmp_ps(b.lanes, b.lanes, _CMP_ORD_Q);
+  return _mm256_and_ps(b_is_number, _mm256_cmp_ps(a.lanes, b.lanes, _CMP_NLE_UQ));
+}
+inline Vec select(__m256 lanes, Vec a, Vec b) { return {_mm256_blendv_ps(b.lanes, a.lanes, lanes)}; }
+
+struct Products {
   __m256d low = _mm256_setzero_pd();
   __m256d high = _mm256_setzero_pd();
 
-  void add(Vec v) {
-    const __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(v.lanes));
-    const __m256d second = _mm256_cvtps_pd(_mm256_extractf128_ps(v.lanes, 1));
-    low = _mm256_fmadd_pd(first, first, low);
-    high = _mm256_fmadd_pd(second, second, high);
+  static __m256d first_half(Vec v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v.lanes)); }
+  static __m256d second_half(Vec v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v.lanes, 1)); }
+
+  void add(Vec a, Vec b) {
+    low = _mm256_fmadd_pd(first_half(a), first_half(b), low);
+    high = _mm256_fmadd_pd(second_half(a), second_half(b), high);
   }
   double total() const {
     double lane[4];

@@ -42,11 +42,27 @@ inline void store(f16* p, Vec v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v.lanes, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline void store_i8(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v.lanes)));
+}
+inline void store_i8(int8_t* p, Vec v, int64_t n) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), _mm512_cvtps_epi32(v.lanes));
+}
+
+inline bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+inline void stream(f32* p, Vec v) { _mm512_stream_ps(p, v.lanes); }
+inline void stream(bf16* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v.lanes)); }
+inline void stream(f16* p, Vec v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v.lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+void settle() { _mm_sfence(); }
+
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.lanes, b.lanes)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.lanes, b.lanes)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
+inline Vec magnitude(Vec v) { return {_mm512_abs_ps(v.lanes)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
 inline Vec max_or_nan(Vec a, Vec b) {
   // The instruction returns its second operand when either is NaN.
@@ -57,15 +73,24 @@ inline Vec zero_if_nan(Vec v) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v.lanes, v.lanes, _CMP_ORD_Q), v.lanes)};
 }
 
-struct Squares {
+inline unsigned positive(Vec v) { return _mm512_cmp_ps_mask(v.lanes, _mm512_setzero_ps(), _CMP_GT_OQ); }
+inline Vec broadcast_bits(int32_t i) { return {_mm512_castsi512_ps(_mm512_set1_epi32(i))}; }
+inline __mmask16 beats(Vec a, Vec b) {
+  const __mmask16 b_is_number = _mm512_cmp_ps_mask(b.lanes, b.lanes, _CMP_ORD_Q);
+  return _mm512_mask_cmp_ps_mask(b_is_number, a.lanes, b.lanes, _CMP_NLE_UQ);
+}
+inline Vec select(__mmask16 lanes, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.lanes, lanes, a.lanes)}; }
+
+struct Products {
   __m512d low = _mm512_setzero_pd();
   __m512d high = _mm512_setzero_pd();
 
-  void add(Vec v) {
-    const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(v.lanes));
-    const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.lanes, 1));
-    low = _mm512_fmadd_pd(first, first, low);
-    high = _mm512_fmadd_pd(second, second, high);
+  static __m512d first_half(Vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v.lanes)); }
+  static __m512d second_half(Vec v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v.lanes, 1)); }
+
+  void add(Vec a, Vec b) {
+    low = _mm512_fmadd_pd(first_half(a), first_half(b), low);
+    high = _mm512_fmadd_pd(second_half(a), second_half(b), high);
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
 };

@@ -81,11 +81,26 @@ inline void store(T* p, Vec v, int64_t n = Vec::width) {
   store_halves(p, narrow(v.lanes, T{}), n);
 }
 
+inline void store_i8(int8_t* p, Vec v, int64_t n = Vec::width) {
+  constexpr float to_integer = 0x1.8p23f;  // so large that adding it leaves no fraction
+  const Floats codes = (v.lanes + to_integer) - to_integer;
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(codes[i]);
+}
+
+// No stores past the caches that every CPU has.
+inline bool can_stream(const void*) { return false; }
+template <class T>
+inline void stream(T* p, Vec v) {
+  store(p, v);
+}
+void settle() {}
+
 inline Vec broadcast(float x) { return {Floats{} + x}; }
 inline Vec add(Vec a, Vec b) { return {a.lanes + b.lanes}; }
 inline Vec sub(Vec a, Vec b) { return {a.lanes - b.lanes}; }
 inline Vec mul(Vec a, Vec b) { return {a.lanes * b.lanes}; }
 inline Vec div(Vec a, Vec b) { return {a.lanes / b.lanes}; }
+inline Vec magnitude(Vec v) { return {cast<Floats>(cast<Bits>(v.lanes) & 0x7fffffff)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.lanes * b.lanes + c.lanes}; }
 inline Vec max_or_nan(Vec a, Vec b) {
   const Floats largest = a.lanes > b.lanes ? a.lanes : b.lanes;  // b when either is NaN
@@ -93,11 +108,22 @@ inline Vec max_or_nan(Vec a, Vec b) {
 }
 inline Vec zero_if_nan(Vec v) { return {v.lanes != v.lanes ? Floats{} : v.lanes}; }
 
-struct Squares {
+inline unsigned positive(Vec v) {
+  unsigned bits = 0;
+  for (int64_t i = 0; i < Vec::width; ++i) bits |= static_cast<unsigned>(v.lanes[i] > 0.f) << i;
+  return bits;
+}
+inline Vec broadcast_bits(int32_t i) { return {cast<Floats>(Bits{} + static_cast<uint32_t>(i))}; }
+inline Bits beats(Vec a, Vec b) { return cast<Bits>(~(a.lanes <= b.lanes) & (b.lanes == b.lanes)); }
+inline Vec select(Bits lanes, Vec a, Vec b) {
+  return {cast<Floats>((cast<Bits>(a.lanes) & lanes) | (cast<Bits>(b.lanes) & ~lanes))};
+}
+
+struct Products {
   double lane[Vec::width] = {};
 
-  void add(Vec v) {
-    for (int64_t i = 0; i < Vec::width; ++i) lane[i] += static_cast<double>(v.lanes[i]) * v.lanes[i];
+  void add(Vec a, Vec b) {
+    for (int64_t i = 0; i < Vec::width; ++i) lane[i] += static_cast<double>(a.lanes[i]) * b.lanes[i];
   }
   double total() const { return (lane[0] + lane[1]) + (lane[2] + lane[3]); }
 };

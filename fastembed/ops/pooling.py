@@ -1,6 +1,6 @@
-"""Multi-exit pooling: checks, schema, fake kernel, autograd and backend choice."""
+"""Multi-exit pooling: the public function, schema, fake kernels, autograd and backend choice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,14 @@ from torch import Tensor
 from .. import _native
 from .._native import core, num_threads
 from ..reference import pooling as reference
+from . import _pooling_checks as checks
 from ._cuda import current_stream
+from ._pooling_checks import MODES
 from ._registry import Op
 
-MODES = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len", "weightedmean")
+__all__ = ["MODES", "finish_pooled", "pool_exits"]
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_DTYPES = _KERNEL_DTYPES | {torch.float64}
 
 
 def pool_exits(
@@ -23,7 +24,9 @@ def pool_exits(
     attention_mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
-    mode: str = "mean",
+    ranges: Tensor | None = None,
+    positions: Tensor | None = None,
+    mode: str | Sequence[str] = "mean",
     dims: Sequence[int] | Sequence[Sequence[int]] | None = None,
     normalize: bool = True,
     out_dtype: torch.dtype | None = None,
@@ -38,150 +41,101 @@ def pool_exits(
         hidden_states: one tensor per exit, padded [B, T, D], or packed [N, D] or [1, N, D] with `cu_seqlens`. The
             exits share B and T (or N), dtype (float32, bfloat16, float16 or float64) and device; D may differ. Strided
             tensors are read in place as long as the last axis has stride 1.
-        attention_mask: [B, T] of any bool, integer or float dtype, 1 for a valid token and 0 for padding, which may
-            stand anywhere: left, right or in between. None: every token is valid. What a padding position holds never
-            matters, NaN included.
+        attention_mask: [B, T], or [N] of packed tokens, of any bool, integer or float dtype, 1 for a valid token and 0
+            for one to leave out, which may stand anywhere: left, right or in between. None: every token is valid. What
+            a token that is left out holds never matters, NaN included.
         cu_seqlens: int32 or int64 [B + 1], the offsets of packed sequences: sequence b is the tokens cu_seqlens[b]
             up to cu_seqlens[b + 1].
+        ranges: int32 or int64 [B, 2]. Only tokens start <= t < end of each sequence count, of those that are valid; t
+            counts from the first token of the sequence, or of its row, padding included.
+        positions: int32 or int64 [B, P], lists of the only tokens that count, of those that are valid, in any order;
+            t as above, -1 to fill up shorter lists. What is not listed is not read.
         mode: over the valid tokens of a sequence, as sentence-transformers names them: "mean"; "cls", the first;
             "lasttoken", the last; "max", per feature (a NaN stays NaN); "mean_sqrt_len", the sum over the square root
-            of their number; "weightedmean", weights 1, 2, 3, ... counted from the first valid position.
+            of their number; "weightedmean", weights 1, 2, 3, ... counted from the first valid position. Several modes:
+            their vectors one after the other, as one vector of len(mode) * D.
         dims: the prefixes of the pooled vector to return, one list of ints for all exits or one list per exit. None:
-            the whole vector, D.
+            the whole vector.
         normalize: L2-normalize each prefix: divide by max(its norm, 1e-12). Truncation comes first.
         out_dtype: dtype of the embeddings, by default that of the hidden states. float64 needs float64 hidden states.
+            int8: each prefix times 127 over its largest magnitude, rounded, which leaves cosines as they are; zeros
+            where that is zero or not finite. uint8: packed bits, one per component, as `fastembed.pack_bits` makes
+            them. Neither is differentiable, and `normalize` makes no difference to them.
 
     Returns:
-        One dict per exit: dim -> [B, dim], in the order of `dims`. A sequence without valid tokens gives zeros.
+        One dict per exit: dim -> [B, dim] (packed bits: [B, ceil(dim / 8)]), in the order of `dims`. A sequence without
+        valid tokens gives zeros.
 
     Raises:
         TypeError: a wrong dtype, or something that is no tensor.
-        ValueError: shapes that do not match, an unknown mode, a dim outside 1..D, a mask with values other than 0 and
-            1, offsets that do not rise from 0 to N.
+        ValueError: shapes that do not match, an unknown mode, a dim outside 1..D, and on the CPU, where looking at
+            values costs nothing, a mask with values other than 0 and 1, offsets that do not rise from 0 to N, ranges
+            or positions outside their sequence.
 
     Sources: Matryoshka representations, arXiv 2205.13147; exits by layer and dim, arXiv 2402.14776 (2D Matryoshka) and
-    arXiv 2410.13230 (Starbucks); weightedmean, arXiv 2202.08904 (SGPT).
+    arXiv 2410.13230 (Starbucks); weightedmean, arXiv 2202.08904 (SGPT); ranges, arXiv 2503.03008
+    (ModularStarEncoder pools from a separator on); positions, arXiv 2601.21525 (landmark pooling).
     """
-    exits = _check_hidden_states(hidden_states, cu_seqlens)
-    _check_tokens(exits[0], attention_mask, cu_seqlens)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    exit_dims = _check_dims(dims, exits)
-    out_dtype = _check_out_dtype(out_dtype, exits[0].dtype)
+    packed = cu_seqlens is not None
+    exits = checks.check_hidden_states(hidden_states, packed)
+    first = exits[0]
+    if cu_seqlens is not None:
+        checks.check_offsets(first, cu_seqlens)
+    if attention_mask is not None:
+        attention_mask = checks.check_mask(first, attention_mask, packed)
+    if ranges is not None or positions is not None:
+        attention_mask = checks.select_tokens(first, attention_mask, cu_seqlens, ranges, positions)
+    out_dtype = checks.check_out_dtype(out_dtype, first.dtype)
+    if not isinstance(mode, str):
+        return _concatenated(exits, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
+    checks.check_mode(mode)
+    exit_dims = checks.check_dims(dims, [hidden.shape[-1] for hidden in exits])
     flat_dims = [dim for dims_of_exit in exit_dims for dim in dims_of_exit]
     dims_per_exit = [len(dims_of_exit) for dims_of_exit in exit_dims]
-    outputs = _pool_exits(exits, attention_mask, cu_seqlens, mode, flat_dims, dims_per_exit, bool(normalize), out_dtype)
+    if out_dtype in checks.CODES:
+        exits = [hidden.detach() for hidden in exits]
+    keep_state = torch.is_grad_enabled() and any(hidden.requires_grad for hidden in exits)
+    outputs = _pool_exits(
+        exits, attention_mask, cu_seqlens, mode, flat_dims, dims_per_exit, bool(normalize), out_dtype, keep_state
+    )
     remaining = iter(outputs)
     return [{dim: next(remaining) for dim in dims_of_exit} for dims_of_exit in exit_dims]
 
 
-def _check_hidden_states(hidden_states: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
-    """The exits as [B, T, D], or as [N, D] when packed."""
-    if not isinstance(hidden_states, (list, tuple)):
-        raise TypeError(f"hidden_states must be a list of tensors, one per exit, got {type(hidden_states).__name__}")
-    if not hidden_states:
-        raise ValueError("hidden_states must hold at least one exit, got an empty list")
-    exits = [_check_exit(hidden, position, cu_seqlens is not None) for position, hidden in enumerate(hidden_states)]
-    first = exits[0]
-    for position in range(1, len(exits)):
-        hidden = exits[position]
-        if hidden.dtype != first.dtype or hidden.device != first.device:
-            raise TypeError(
-                f"hidden_states must share dtype and device: hidden_states[0] is {first.dtype} on {first.device}, "
-                f"hidden_states[{position}] is {hidden.dtype} on {hidden.device}"
-            )
-        if hidden.shape[:-1] != first.shape[:-1]:
-            raise ValueError(
-                f"hidden_states must share all but the last axis: hidden_states[0] has shape {tuple(first.shape)}, "
-                f"hidden_states[{position}] has {tuple(hidden.shape)}"
-            )
-    return exits
+def finish_pooled(
+    pooled: Sequence[Tensor],
+    dims: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    normalize: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> list[dict[int, Tensor]]:
+    """Truncate, normalise and convert vectors [B, D] that were pooled already, as `pool_exits` does at its end."""
+    tokens = [vectors[:, None] for vectors in pooled]  # pooling one token per sequence leaves it as it is
+    return pool_exits(tokens, mode="cls", dims=dims, normalize=normalize, out_dtype=out_dtype)
 
 
-def _check_exit(hidden: Tensor, position: int, packed: bool) -> Tensor:
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden_states[{position}] must be a tensor, got {type(hidden).__name__}")
-    if hidden.dtype not in _DTYPES or hidden.layout != torch.strided:
-        raise TypeError(
-            f"hidden_states[{position}] must be dense float32, bfloat16, float16 or float64, "
-            f"got {hidden.dtype} {hidden.layout}"
-        )
-    rank = hidden.dim()
-    if packed and rank == 3 and hidden.shape[0] == 1:
-        return hidden[0]
-    if rank != (2 if packed else 3):
-        expected = (
-            "[N, D] or [1, N, D] when cu_seqlens is given" if packed else "[B, T, D] (or packed, with cu_seqlens)"
-        )
-        raise ValueError(f"hidden_states[{position}] must be {expected}, got shape {tuple(hidden.shape)}")
-    return hidden
-
-
-def _check_tokens(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None when cu_seqlens is given: packed tokens have no padding")
-        _check_companion("cu_seqlens", cu_seqlens, hidden)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
-    elif attention_mask is not None:
-        _check_companion("attention_mask", attention_mask, hidden)
-        if attention_mask.dtype.is_complex:
-            raise TypeError(f"attention_mask must be bool, integer or float, got {attention_mask.dtype}")
-        if attention_mask.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"attention_mask must be [B, T] = {list(hidden.shape[:2])} as in hidden_states, "
-                f"got shape {tuple(attention_mask.shape)}"
-            )
-
-
-def _check_companion(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != hidden.device or tensor.layout != torch.strided:
-        raise ValueError(
-            f"{name} must be dense and on the device of hidden_states, {hidden.device}, "
-            f"got {tensor.layout} on {tensor.device}"
-        )
-
-
-def _check_dims(dims: Sequence[int] | Sequence[Sequence[int]] | None, exits: list[Tensor]) -> list[list[int]]:
-    """One list per exit, repeats removed."""
-    if dims is None:
-        return [_check_dims_of_exit([hidden.shape[-1]], position, hidden) for position, hidden in enumerate(exits)]
-    if not isinstance(dims, (list, tuple)):
-        raise TypeError(f"dims must be a list of ints, or one such list per exit, got {type(dims).__name__}")
-    if not dims or not isinstance(dims[0], (list, tuple)):
-        return [_check_dims_of_exit(dims, position, hidden) for position, hidden in enumerate(exits)]
-    if len(dims) != len(exits):
-        raise ValueError(f"dims must have one list per exit: got {len(dims)} lists for {len(exits)} exits")
-    return [_check_dims_of_exit(dims[position], position, hidden) for position, hidden in enumerate(exits)]
-
-
-def _check_dims_of_exit(dims: Any, position: int, hidden: Tensor) -> list[int]:
-    if not isinstance(dims, (list, tuple)):
-        raise TypeError(f"dims must be all ints or all lists of ints, got {dims!r} for exit {position}")
-    if not dims:
-        raise ValueError(f"dims must name at least one dim for exit {position}, got none")
-    size = hidden.shape[-1]
-    for dim in dims:
-        if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
-            raise TypeError(f"dims must be ints, got {dim!r} for exit {position}")
-        if not 1 <= dim <= size:
-            raise ValueError(f"dims of exit {position} must lie between 1 and its hidden size {size}, got {dim}")
-    return list(dict.fromkeys(dims))
-
-
-def _check_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    if out_dtype is None:
-        return dtype
-    if out_dtype not in _DTYPES:
-        raise TypeError(f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
-    if out_dtype == torch.float64 and dtype != torch.float64:
-        raise TypeError(f"out_dtype float64 needs float64 hidden_states, got {dtype}: sums are float32 below that")
-    return out_dtype
+def _concatenated(
+    exits: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    modes: Sequence[str],
+    dims: Sequence[int] | Sequence[Sequence[int]] | None,
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[dict[int, Tensor]]:
+    """Several modes side by side, as sentence-transformers' Pooling does it."""
+    if not isinstance(modes, (list, tuple)) or not modes:
+        raise TypeError(f"mode must be a string or a list of strings, got {modes!r}")
+    sizes = [len(modes) * hidden.shape[-1] for hidden in exits]
+    exit_dims = checks.check_dims(dims, sizes)
+    accumulated = torch.promote_types(exits[0].dtype, torch.float32)
+    parts = [
+        pool_exits(exits, attention_mask, cu_seqlens=cu_seqlens, mode=mode, normalize=False, out_dtype=accumulated)
+        for mode in modes
+    ]
+    pooled = [
+        torch.cat([vectors for of_mode in parts for vectors in of_mode[i].values()], 1) for i in range(len(exits))
+    ]
+    return finish_pooled(pooled, exit_dims, normalize, out_dtype)
 
 
 def _by_exit(dims: list[int], dims_per_exit: list[int]) -> list[list[int]]:
@@ -205,14 +159,53 @@ def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Ten
         dims_per_exit: list[int],
         normalize: bool,
         out_dtype: torch.dtype,
+        keep_state: bool,
     ) -> list[Tensor]:
         nested = _by_exit(dims, dims_per_exit)
-        return pool(hidden_states, attention_mask, cu_seqlens, mode, nested, normalize, out_dtype)
+        return pool(hidden_states, attention_mask, cu_seqlens, mode, nested, normalize, out_dtype, keep_state)
+
+    return run
+
+
+def _with_codes_and_state(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A GPU backend's function, which writes floats, with the rest done in PyTorch on what it pooled: int8, packed bits
+    and what the backward needs."""
+
+    def run(
+        hidden_states: list[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mode: str,
+        dims: list[list[int]],
+        normalize: bool,
+        out_dtype: torch.dtype,
+        keep_state: bool,
+    ) -> list[Tensor]:
+        if not keep_state and out_dtype not in checks.CODES:
+            return pool(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
+        widest = [[max(exit_dims)] for exit_dims in dims]
+        pooled = pool(hidden_states, attention_mask, cu_seqlens, mode, widest, False, torch.float32)
+        outputs = [
+            output
+            for vectors, exit_dims in zip(pooled, dims, strict=True)
+            for output in reference.write_prefixes(vectors, exit_dims, normalize, out_dtype)
+        ]
+        if not keep_state:
+            return outputs
+        winners = []
+        if mode == "max":
+            winners = [
+                reference.winners(hidden[..., : vectors.shape[1]], attention_mask, cu_seqlens, vectors)
+                for hidden, vectors in zip(hidden_states, pooled, strict=True)
+            ]
+        return [*outputs, *pooled, *winners]
 
     return run
 
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
+
+_OUTPUT_CODES = {**_DTYPE_CODES, torch.int8: 3, torch.uint8: 4}  # OutputType in csrc/pooling/kernels.hpp
 
 # How csrc/pooling reads a mask of any dtype: the element's size, its bits for 1, and its bits for -0.0.
 _MASK_BITS = {
@@ -235,10 +228,20 @@ def _pool_exits_cpu(
     dims: list[list[int]],
     normalize: bool,
     out_dtype: torch.dtype,
+    keep_state: bool,
 ) -> list[Tensor]:
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    core.pool_exits(*call.arguments, num_threads())
-    return call.outputs
+    pooled = winners = []
+    if keep_state:
+        shapes = [(call.sequences, max(exit_dims)) for exit_dims in dims]
+        pooled = [hidden_states[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+        winners = [hidden_states[0].new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
+    core.pool_exits(*call.arguments, _states(pooled, winners), num_threads())
+    return [*call.outputs, *pooled, *winners]
+
+
+def _states(pooled: list[Tensor], winners: list[Tensor]) -> list[tuple[int, int]]:
+    return [(vectors.data_ptr(), winners[i].data_ptr() if winners else 0) for i, vectors in enumerate(pooled)]
 
 
 def _pool_exits_cuda(
@@ -251,12 +254,11 @@ def _pool_exits_cuda(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    _, sequences, tokens, *_ = call.arguments
     first = hidden_states[0]
     cuda = _native.cuda
     assert cuda is not None, "the backend is chosen only where it is available"
     floats = cuda.pool_exits_workspace(
-        len(hidden_states), max(map(max, dims)), sequences, tokens, cu_seqlens is not None
+        len(hidden_states), max(map(max, dims)), call.sequences, call.tokens, cu_seqlens is not None
     )
     with current_stream(first.device) as stream:
         workspace = first.new_empty(floats, dtype=torch.float32)
@@ -264,8 +266,24 @@ def _pool_exits_cuda(
     return call.outputs
 
 
+class _NativeBatch:
+    """The tokens of a batch as both compiled modules take them (csrc/pooling/arguments.hpp)."""
+
+    def __init__(self, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.mask = self.offsets = None
+        if cu_seqlens is not None:
+            self.offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
+        if attention_mask is not None:
+            if attention_mask.dtype not in _MASK_BITS:
+                attention_mask = attention_mask.to(torch.float32)
+            size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
+            row_stride, token_stride = (0, *attention_mask.stride())[-2:]
+            self.mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
+        self._alive = (attention_mask, cu_seqlens)
+
+
 class _NativeCall:
-    """The outputs of a call and the arguments that both compiled modules take (csrc/pooling/arguments.hpp).
+    """The outputs of a call and the arguments that both compiled modules take.
 
     Keeps what the arguments point to alive.
     """
@@ -281,41 +299,36 @@ class _NativeCall:
         out_dtype: torch.dtype,
     ) -> None:
         first = hidden_states[0]
-        mask = offsets = None
-        if cu_seqlens is not None:
-            sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
-            offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
-        else:
-            sequences, tokens, _ = first.shape
-            if attention_mask is not None:
-                if attention_mask.dtype not in _MASK_BITS:
-                    attention_mask = attention_mask.to(torch.float32)
-                size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
-                row_stride, token_stride = attention_mask.stride()
-                mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
+        packed = cu_seqlens is not None
+        self.sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.tokens = first.shape[-2]
+        batch = _NativeBatch(attention_mask, cu_seqlens)
         readable = [_with_contiguous_features(hidden) for hidden in hidden_states]
-        self._alive = (readable, attention_mask)
+        self._alive = (readable, batch)
         self.outputs: list[Tensor] = []
         exits = []
         for hidden, exit_dims in zip(readable, dims, strict=True):
             prefixes = []
             for dim in exit_dims:
-                output = first.new_empty((sequences, dim), dtype=out_dtype)
+                output = first.new_empty((self.sequences, _output_columns(dim, out_dtype)), dtype=out_dtype)
                 self.outputs.append(output)
                 prefixes.append((dim, output.data_ptr()))
-            sequence_stride = 0 if cu_seqlens is not None else hidden.stride(0)
-            exits.append((hidden.data_ptr(), sequence_stride, hidden.stride(-2), prefixes))
+            exits.append((hidden.data_ptr(), 0 if packed else hidden.stride(0), hidden.stride(-2), prefixes))
         self.arguments = (
             exits,
-            sequences,
-            tokens,
-            mask,
-            offsets,
+            self.sequences,
+            self.tokens,
+            batch.mask,
+            batch.offsets,
             MODES.index(mode),
             _DTYPE_CODES[first.dtype],
-            _DTYPE_CODES[out_dtype],
+            _OUTPUT_CODES[out_dtype],
             normalize,
         )
+
+
+def _output_columns(dim: int, out_dtype: torch.dtype) -> int:
+    return (dim + 7) // 8 if out_dtype == torch.uint8 else dim
 
 
 def _with_contiguous_features(hidden: Tensor) -> Tensor:
@@ -324,17 +337,68 @@ def _with_contiguous_features(hidden: Tensor) -> Tensor:
 
 
 def _backward_reference(
-    hidden_states: list[Tensor],
+    state: list[Tensor],
     grads: list[Tensor],
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    tokens: int,
+    sizes: list[int],
+    dtype: torch.dtype,
     mode: str,
     dims: list[int],
     dims_per_exit: list[int],
     normalize: bool,
 ) -> list[Tensor]:
     nested = _by_exit(dims, dims_per_exit)
-    return reference.pool_exits_backward(hidden_states, grads, attention_mask, cu_seqlens, mode, nested, normalize)
+    return reference.pool_exits_backward(
+        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, nested, normalize
+    )
+
+
+def _backward_cpu(
+    state: list[Tensor],
+    grads: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    mode: str,
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+) -> list[Tensor]:
+    exits = len(sizes)
+    sequences = state[0].shape[0]
+    batch = _NativeBatch(attention_mask, cu_seqlens)
+    grads = [grad.resolve_neg().contiguous() for grad in grads]
+    results = _empty_gradients(state, cu_seqlens, tokens, sizes, dtype)
+    prefixes = iter(zip(dims, [grad.data_ptr() for grad in grads], strict=True))
+    states = _states(state[:exits], state[exits:])
+    gradients = [
+        (result.data_ptr(), size, of_exit, [next(prefixes) for _ in range(count)])
+        for result, size, of_exit, count in zip(results, sizes, states, dims_per_exit, strict=True)
+    ]
+    core.pool_exits_backward(
+        gradients,
+        sequences,
+        tokens,
+        batch.mask,
+        batch.offsets,
+        MODES.index(mode),
+        _DTYPE_CODES[dtype],
+        _DTYPE_CODES[grads[0].dtype],
+        normalize,
+        num_threads(),
+    )
+    return results
+
+
+def _empty_gradients(
+    state: list[Tensor], cu_seqlens: Tensor | None, tokens: int, sizes: Iterable[int], dtype: torch.dtype
+) -> list[Tensor]:
+    leading = (state[0].shape[0], tokens) if cu_seqlens is None else (tokens,)
+    return [state[0].new_empty((*leading, size), dtype=dtype) for size in sizes]
 
 
 def _fake(
@@ -346,20 +410,36 @@ def _fake(
     dims_per_exit: list[int],
     normalize: bool,
     out_dtype: torch.dtype,
+    keep_state: bool,
 ) -> list[Tensor]:
-    batch = hidden_states[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return [hidden_states[0].new_empty((batch, dim), dtype=out_dtype) for dim in dims]
+    first = hidden_states[0]
+    batch = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    outputs = [first.new_empty((batch, _output_columns(dim, out_dtype)), dtype=out_dtype) for dim in dims]
+    if not keep_state:
+        return outputs
+    shapes = [(batch, max(exit_dims)) for exit_dims in _by_exit(dims, dims_per_exit)]
+    accumulated = torch.promote_types(first.dtype, torch.float32)
+    outputs += [first.new_empty(shape, dtype=accumulated) for shape in shapes]
+    return outputs + ([first.new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else [])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden_states, attention_mask, cu_seqlens, *ctx.options, _ = inputs
-    ctx.save_for_backward(attention_mask, cu_seqlens, *hidden_states)
+    hidden_states, attention_mask, cu_seqlens, mode, dims, dims_per_exit, normalize, _, ctx.keep_state = inputs
+    ctx.sizes = [hidden.shape[-1] for hidden in hidden_states]
+    ctx.tokens, ctx.dtype = hidden_states[0].shape[-2], hidden_states[0].dtype
+    ctx.options = mode, dims, dims_per_exit, normalize
+    ctx.save_for_backward(attention_mask, cu_seqlens, *output[len(dims) :])
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    attention_mask, cu_seqlens, *hidden_states = ctx.saved_tensors
-    grad_hidden = _pool_exits_backward(hidden_states, list(grads), attention_mask, cu_seqlens, *ctx.options)
-    return (grad_hidden, None, None, None, None, None, None, None)
+    if not ctx.keep_state:
+        raise RuntimeError("fastembed::pool_exits keeps what its backward needs only with keep_state=True")
+    attention_mask, cu_seqlens, *state = ctx.saved_tensors
+    outputs = len(ctx.options[1])
+    grad_hidden = _pool_exits_backward(
+        state, list(grads[:outputs]), attention_mask, cu_seqlens, ctx.tokens, ctx.sizes, ctx.dtype, *ctx.options
+    )
+    return (grad_hidden, *[None] * 8)
 
 
 def _pool_exits_triton(*args: Any) -> list[Tensor]:
@@ -369,16 +449,17 @@ def _pool_exits_triton(*args: Any) -> list[Tensor]:
     return pooling.pool_exits(*args)
 
 
-# Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype),
-# shapes and dtypes already checked, values not, and returns [B, dim] tensors exit by exit.
+# Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype,
+# keep_state), shapes and dtypes already checked, values not, and returns [B, dim] tensors exit by exit, followed with
+# keep_state by what the backward needs (see reference.pool_exits).
 _pool_exits = Op(
     "pool_exits(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str mode, int[] dims, "
-    "int[] dims_per_exit, bool normalize, ScalarType out_dtype) -> Tensor[]",
+    "int[] dims_per_exit, bool normalize, ScalarType out_dtype, bool keep_state) -> Tensor[]",
     implementations={
         "reference": _implementation(reference.pool_exits),
         "cpu": _implementation(_pool_exits_cpu),
-        "cuda": _implementation(_pool_exits_cuda),
-        "triton": _implementation(_pool_exits_triton),
+        "cuda": _implementation(_with_codes_and_state(_pool_exits_cuda)),
+        "triton": _implementation(_with_codes_and_state(_pool_exits_triton)),
     },
     fake=_fake,
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
@@ -386,9 +467,15 @@ _pool_exits = Op(
     setup_context=_setup_context,
 )
 
+# From the state that pool_exits kept and the gradients of its outputs to those of the hidden states: per exit
+# [B, tokens, size] or packed [tokens, size], contiguous, in `dtype`. The state comes first: its dtype is that of the
+# computation, which decides the backend.
 _pool_exits_backward = Op(
-    "pool_exits_backward(Tensor[] hidden_states, Tensor[] grads, Tensor? attention_mask, Tensor? cu_seqlens, "
-    "str mode, int[] dims, int[] dims_per_exit, bool normalize) -> Tensor[]",
-    implementations={"reference": _backward_reference},
-    fake=lambda hidden_states, *_: [hidden.new_empty(hidden.shape) for hidden in hidden_states],
+    "pool_exits_backward(Tensor[] state, Tensor[] grads, Tensor? attention_mask, Tensor? cu_seqlens, SymInt tokens, "
+    "SymInt[] sizes, ScalarType dtype, str mode, int[] dims, int[] dims_per_exit, bool normalize) -> Tensor[]",
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    fake=lambda state, _, __, cu_seqlens, tokens, sizes, dtype, *___: _empty_gradients(
+        state, cu_seqlens, tokens, sizes, dtype
+    ),
+    accepts={"cpu": frozenset({torch.float32})},
 )

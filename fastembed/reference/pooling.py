@@ -1,7 +1,9 @@
 """Multi-exit pooling in plain PyTorch, forward and backward.
 
     p      = reduce over the valid tokens t of h_e[b, t]        in float32 (float64 stays float64)
-    y_k    = p[:k] / max(||p[:k]||_2, 1e-12)                     for every requested prefix k
+    y_k    = p[:k] / max(||p[:k]||_2, 1e-12)                     for every requested prefix k, or
+             round(127 p[:k] / max |p[:k]|)                      as int8, or
+             p[:k] > 0                                           as packed bits (uint8)
 
 A sequence without valid tokens gives zeros, and what stands in padding never matters, NaN included.
 """
@@ -10,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .search import pack_bits
 
 NORM_EPS = 1e-12
 
@@ -22,43 +26,91 @@ def pool_exits(
     dims: Sequence[Sequence[int]],
     normalize: bool,
     out_dtype: torch.dtype,
+    keep_state: bool = False,
 ) -> list[Tensor]:
-    """Pool every exit; see `fastembed.pool_exits`. Returns [B, dim] tensors, exit by exit, dims in the order given."""
+    """Pool every exit; see `fastembed.pool_exits`.
+
+    Returns [B, dim] tensors (bits: [B, ceil(dim / 8)]), exit by exit, dims in the order given; with `keep_state` also
+    what the backward needs: for every exit the pooled vectors [B, largest dim] in the dtype of the computation, and
+    then, for "max", for every exit the token int32 [B, largest dim] that each value is of, -1 without tokens.
+    """
     check_values(attention_mask, cu_seqlens, hidden_states[0].shape)
-    outputs = []
+    outputs, pooled_vectors, winner_tensors = [], [], []
     for hidden, exit_dims in zip(hidden_states, dims, strict=True):
-        pooled = _reduce(*_padded(hidden, attention_mask, cu_seqlens), mode)
-        for dim in exit_dims:
-            prefix = pooled[:, :dim]
+        tokens, mask = _padded(hidden[..., : max(exit_dims)], attention_mask, cu_seqlens)
+        pooled = _reduce(tokens, mask, mode)
+        outputs += write_prefixes(pooled, exit_dims, normalize, out_dtype)
+        if keep_state:
+            pooled_vectors.append(pooled.contiguous())
+            winner_tensors += [_winners(tokens, mask, pooled)] if mode == "max" else []
+    return [*outputs, *pooled_vectors, *winner_tensors]
+
+
+def write_prefixes(pooled: Tensor, dims: Sequence[int], normalize: bool, out_dtype: torch.dtype) -> list[Tensor]:
+    """Prefixes of the pooled vectors [B, D], normalised, in the dtype asked for."""
+    outputs = []
+    for dim in dims:
+        prefix = pooled[:, :dim]
+        if out_dtype == torch.int8:
+            outputs.append(to_int8(prefix))
+        elif out_dtype == torch.uint8:
+            outputs.append(pack_bits(prefix))
+        else:
             if normalize:
                 prefix = prefix / prefix.norm(dim=1, keepdim=True).clamp(min=NORM_EPS)
             outputs.append(prefix.to(out_dtype, copy=True, memory_format=torch.contiguous_format))
     return outputs
 
 
+def to_int8(vectors: Tensor) -> Tensor:
+    """Each vector [B, D] times 127 over its largest magnitude; zeros where that is zero or not finite."""
+    largest = vectors.abs().amax(dim=1, keepdim=True)
+    usable = (largest > 0) & largest.isfinite()
+    codes = (vectors / torch.where(usable, largest, 1) * 127).round()
+    return torch.where(usable, codes, 0).to(torch.int8)
+
+
 def pool_exits_backward(
-    hidden_states: Sequence[Tensor],
+    state: Sequence[Tensor],
     grads: Sequence[Tensor],
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    tokens: int,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
     mode: str,
     dims: Sequence[Sequence[int]],
     normalize: bool,
 ) -> list[Tensor]:
-    """Gradients of the hidden states from those of the outputs, recomputing what the forward did not keep."""
+    """Gradients of the hidden states, [B, tokens, size] or packed [tokens, size], from those of the outputs.
+
+    Args:
+        state: what `pool_exits` kept.
+        grads: of the outputs.
+        tokens, sizes, dtype: of the hidden states, one size per exit.
+    """
+    sequences = len(state[0])
+    mask = token_mask(attention_mask, cu_seqlens, sequences, tokens, state[0].device)
+    pooled_vectors, winner_tensors = state[: len(dims)], state[len(dims) :]
     remaining = iter(grads)
     results = []
-    for hidden, exit_dims in zip(hidden_states, dims, strict=True):
-        tokens, mask = _padded(hidden, attention_mask, cu_seqlens)
-        pooled = _reduce(tokens, mask, mode)
+    for exit, (pooled, exit_dims, size) in enumerate(zip(pooled_vectors, dims, sizes, strict=True)):
         grad_pooled = torch.zeros_like(pooled)
         for dim in exit_dims:
             grad = next(remaining).to(pooled.dtype)
             grad_pooled[:, :dim] += _normalize_backward(grad, pooled[:, :dim]) if normalize else grad
-        grad_tokens = _reduce_backward(grad_pooled, tokens, mask, mode)
-        grad_hidden = grad_tokens if cu_seqlens is None else grad_tokens[mask]
-        results.append(grad_hidden.to(hidden.dtype).contiguous())
+        winner = winner_tensors[exit] if mode == "max" else None
+        grad_tokens = _reduce_backward(grad_pooled, mask, mode, winner)
+        grad_tokens = torch.nn.functional.pad(grad_tokens, (0, size - grad_pooled.shape[1]))
+        if cu_seqlens is not None:
+            grad_tokens = grad_tokens[token_mask(None, cu_seqlens, sequences, tokens, mask.device)]
+        results.append(grad_tokens.to(dtype).contiguous())
     return results
+
+
+def winners(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, largest: Tensor) -> Tensor:
+    """What `pool_exits` keeps of "max": which token of `hidden` each of its largest values [B, D] is of."""
+    return _winners(*_padded(hidden, attention_mask, cu_seqlens), largest)
 
 
 def check_values(attention_mask: Tensor | None, cu_seqlens: Tensor | None, shape: Sequence[int]) -> None:
@@ -71,19 +123,35 @@ def check_values(attention_mask: Tensor | None, cu_seqlens: Tensor | None, shape
             raise ValueError(f"cu_seqlens must rise from 0 to the {shape[0]} tokens of hidden_states, got {cu_seqlens}")
 
 
+def token_mask(
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, sequences: int, tokens: int, device: torch.device
+) -> Tensor:
+    """Which tokens are valid, bool [B, T], whichever way they came in; packed ones as if padded on the right."""
+    if cu_seqlens is None:
+        if attention_mask is None:
+            return torch.ones(sequences, tokens, dtype=torch.bool, device=device)
+        return attention_mask.bool()
+    positions, inside = _unpacked(cu_seqlens)
+    return inside if attention_mask is None else inside & attention_mask.bool()[positions]
+
+
+def _unpacked(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The packed position of every token of a padded batch [B, T], and where there is one."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    longest = int(lengths.max()) if len(lengths) else 0
+    offsets = torch.arange(longest, device=cu_seqlens.device)
+    inside = offsets < lengths[:, None]
+    return torch.where(inside, starts[:, None] + offsets, 0), inside
+
+
 def _padded(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, D] in the dtype of the computation and their boolean mask [B, T], whichever way they came in."""
     tokens = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if cu_seqlens is None:
-        if attention_mask is None:
-            return tokens, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return tokens, attention_mask.bool()
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens[1:].long() - starts
-    longest = int(lengths.max()) if len(lengths) else 0
-    offsets = torch.arange(longest, device=hidden.device)
-    mask = offsets < lengths[:, None]
-    return tokens[torch.where(mask, starts[:, None] + offsets, 0)], mask
+        return tokens, token_mask(attention_mask, None, hidden.shape[0], hidden.shape[1], hidden.device)
+    mask = token_mask(attention_mask, cu_seqlens, len(cu_seqlens) - 1, len(hidden), hidden.device)
+    return tokens[_unpacked(cu_seqlens)[0]], mask
 
 
 def _reduce(tokens: Tensor, mask: Tensor, mode: str) -> Tensor:
@@ -116,15 +184,23 @@ def _weights(mask: Tensor, mode: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return chosen.to(dtype), torch.ones_like(count)
 
 
-def _reduce_backward(grad: Tensor, tokens: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """Gradient of the tokens [B, T, D] from that of the pooled vectors [B, D]."""
+def _winners(tokens: Tensor, mask: Tensor, largest: Tensor) -> Tensor:
+    """The first valid token that has the largest value (NaN, if that is NaN), per column; -1 without tokens."""
     if tokens.shape[1] == 0:
-        return torch.zeros_like(tokens)
-    if mode == "max":  # ties: all to the first of the largest tokens, as torch.max does
-        winner = torch.where(mask[..., None], tokens, float("-inf")).max(dim=1, keepdim=True).indices
-        grad_tokens = torch.zeros_like(tokens).scatter(1, winner, grad[:, None])
-        return torch.where(mask[..., None], grad_tokens, 0)
-    weights, divisor = _weights(mask, mode, tokens.dtype)
+        return torch.full_like(largest, -1, dtype=torch.int32)
+    is_largest = (tokens == largest[:, None]) | (tokens.isnan() & largest[:, None].isnan())
+    winner = (is_largest & mask[..., None]).to(torch.int32).argmax(dim=1).to(torch.int32)
+    return torch.where(mask.any(dim=1, keepdim=True), winner, -1)
+
+
+def _reduce_backward(grad: Tensor, mask: Tensor, mode: str, winner: Tensor | None) -> Tensor:
+    """Gradient of the tokens [B, T, D] from that of the pooled vectors [B, D]."""
+    if mask.shape[1] == 0:
+        return grad.new_zeros(len(grad), 0, grad.shape[1])
+    if winner is not None:
+        positions = torch.arange(mask.shape[1], device=mask.device)[:, None]
+        return torch.where(positions == winner[:, None], grad[:, None], 0)
+    weights, divisor = _weights(mask, mode, grad.dtype)
     return torch.where(weights[..., None] > 0, weights[..., None] * (grad / divisor)[:, None], 0)
 
 

@@ -224,7 +224,7 @@ def test_gradients_flow_through_the_registered_op() -> None:
     ours, hidden.grad = hidden.grad, None
     with fastembed.use_backend("reference"):
         fastembed.pool_exits([hidden], mode="mean")[0][8].sum().backward()
-    assert torch.equal(ours, hidden.grad)
+    torch.testing.assert_close(ours, hidden.grad)  # of vectors pooled in another order
 
 
 def test_float64_is_refused() -> None:

@@ -2,6 +2,8 @@
 // are checked in Python (fastembed/ops); what is checked here is only what needs the values themselves.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+
 #include "common/isa.hpp"
 #include "common/threading.hpp"
 
@@ -18,6 +20,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("best_isa", [] { return fastembed::isa_name(fastembed::best_isa()); }, "Best level this CPU supports.");
   m.def("set_isa", &fastembed::set_isa, py::arg("name"), "Change the level in use (for tests).");
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads OpenMP would use for a parallel region.");
+  m.def(
+      "requested_backend",
+      [] {
+        const char* name = std::getenv("FASTEMBED_BACKEND");
+        return name == nullptr ? "" : name;
+      },
+      "FASTEMBED_BACKEND, or nothing; os.environ would take longer than a small kernel to say so.");
   bind_pooling(m);
   bind_qmatmul(m);
   bind_fde(m);

@@ -5,6 +5,7 @@ import numpy as np
 def isa() -> str: ...
 def best_isa() -> str: ...
 def max_threads() -> int: ...
+def requested_backend() -> str: ...
 def set_isa(name: str) -> None: ...
 def pool_exits(
     exits: Sequence[tuple[int, int, int, Sequence[tuple[int, int]]]],
@@ -95,24 +96,26 @@ def fde(
 def relative_representations(
     x: int, rows: int, anchors: int, anchor_rows: int, dim: int, dtype: int, out: int, threads: int
 ) -> None: ...
-def qlinear(
-    x: int,
-    dtype: int,
-    rows: int,
-    in_features: int,
-    row_stride: int,
-    codes: int,
-    scales: int,
-    scale_dtype: int,
-    zeros: int,
-    zero_kind: int,
-    bits: int,
-    group_size: int,
-    bias: int,
-    bias_dtype: int,
-    out_features: int,
-    epilogue: int,
-    residual: int,
-    y: int,
-    threads: int,
+class QLinear:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        codes: int,
+        scales: int,
+        scale_dtype: int,
+        zeros: int,
+        zero_kind: int,
+        bits: int,
+        group_size: int,
+        bias: int,
+        bias_dtype: int,
+        epilogue: int,
+    ) -> None: ...
+    def __call__(
+        self, x: int, dtype: int, rows: int, row_stride: int, residual: int, y: int, threads: int
+    ) -> None: ...
+
+def qlinears(
+    layers: list[tuple[QLinear, int]], x: int, dtype: int, rows: int, row_stride: int, threads: int
 ) -> None: ...

@@ -39,7 +39,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested_backend() -> str | None:
     """What `use_backend` or FASTEMBED_BACKEND names, whether it can run here or not; None without either."""
-    return _forced.get() or os.environ.get("FASTEMBED_BACKEND") or None
+    return _forced.get() or _native.core.requested_backend() or None
 
 
 def forced_backend() -> str | None:

@@ -34,15 +34,24 @@ inline __attribute__((always_inline)) Vec sigmoid_weighted(Vec x) {
   return sub(rectify(x), divide(mul(magnitude, decay), sub(decay, broadcast(-1.f))));
 }
 
+// `gate`: the table of `gate_table`; either GELU stands for both, which differ in that only.
+template <Epilogue epilogue>
+inline __attribute__((always_inline)) Vec apply_epilogue(Vec x, const float* gate) {
+  if constexpr (epilogue == Epilogue::none) return x;
+  if constexpr (epilogue == Epilogue::relu) return rectify(x);
+  if constexpr (epilogue == Epilogue::silu) return sigmoid_weighted(x);
+  return gated(x, gate);
+}
+
 inline __attribute__((always_inline)) Vec apply_epilogue(Vec x, const Output& output) {
   switch (output.epilogue) {
     case Epilogue::none:
       return x;
     case Epilogue::relu:
-      return rectify(x);
+      return apply_epilogue<Epilogue::relu>(x, output.gate);
     case Epilogue::silu:
-      return sigmoid_weighted(x);
+      return apply_epilogue<Epilogue::silu>(x, output.gate);
     default:
-      return gated(x, output.gate);
+      return apply_epilogue<Epilogue::gelu>(x, output.gate);
   }
 }

@@ -76,12 +76,14 @@ struct Output {
 };
 
 struct Kernels {
-  // One token to int8: codes[0 .. stride), its scale, and the sum of the codes of each group.
-  void (*quantize)(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
-                   float* scale, int32_t* sums);
-  // Tokens times one panel, through bias and epilogue. `scratch` has scratch_bytes(panel) bytes, aligned to 64.
+  // One token to int8: codes [stride], zero from in_features on, and its scale. `codes` and the stride are multiples
+  // of 64 bytes.
+  void (*quantize)(const void* x, DType dtype, int64_t in_features, int8_t* codes, int64_t stride, float* scale);
+  // The sums of a token's codes by group.
+  void (*sum_groups)(const int8_t* codes, int64_t in_features, int64_t group_size, int32_t* sums);
+  // Tokens times one panel, through bias and epilogue. `scratch` has scratch_bytes(panel, tokens.rows) bytes, aligned to 64.
   void (*multiply)(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch);
-  int64_t (*scratch_bytes)(const Panel& panel);
+  int64_t (*scratch_bytes)(const Panel& panel, int64_t rows);
 };
 
 // Both GELUs are max(x, 0) - gate(|x|) with a gate that falls to zero, tabulated as polynomials of degree 4 on

@@ -23,9 +23,9 @@ constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, nullptr, nullptr, nul
 
 namespace {
 
-// Quantised activations of at most this many bytes are in flight, so that they stay in the last-level cache between
+// Quantised activations of at most this many bytes are in flight, so that they stay in the second-level cache between
 // their quantisation and the last panel that reads them.
-constexpr int64_t tokens_budget = int64_t{2} << 20;
+constexpr int64_t tokens_budget = int64_t{1} << 19;
 // Work below which another thread costs more than it brings, in multiply-adds and in elements to quantise.
 constexpr int64_t multiply_grain = int64_t{1} << 20;
 constexpr int64_t quantize_grain = int64_t{1} << 15;
@@ -61,20 +61,6 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Quantised tokens in a thread's buffer.
-struct Storage {
-  int8_t* codes;
-  float* scales;
-  int32_t* sums;
-
-  Storage(int64_t rows, int64_t stride, int64_t groups) {
-    thread_local Buffer buffer;
-    codes = reinterpret_cast<int8_t*>(buffer.at_least(rows * (stride + 4 + 4 * groups)));
-    scales = reinterpret_cast<float*>(codes + rows * stride);
-    sums = reinterpret_cast<int32_t*>(scales + rows);
-  }
-};
-
 int useful_threads(int64_t work, int64_t grain, int threads) {
   return team_size(std::max<int64_t>(1, work / grain), threads);
 }
@@ -90,108 +76,147 @@ Steps steps_from(const Steps& steps, int64_t index) {
   return {element(steps.scales, dtype, index), dtype, zeros, steps.kind};
 }
 
-void widen_bias(const Weight& weight, int64_t first, int64_t columns, float* bias) {
+void widen_bias(const Layer& layer, int64_t first, int64_t columns, float* bias) {
   std::memset(bias, 0, panel_width * sizeof(float));
-  if (weight.bias == nullptr) return;
-  const char* data = element(weight.bias, weight.bias_dtype, first);
-  for (int64_t i = 0; i < columns; ++i) bias[i] = load_scalar(data, weight.bias_dtype, i);
+  if (layer.bias == nullptr) return;
+  const char* data = element(layer.bias, layer.bias_dtype, first);
+  for (int64_t i = 0; i < columns; ++i) bias[i] = load_scalar(data, layer.bias_dtype, i);
 }
 
-// One call, seen as tasks: rows to quantise, then panels by row ranges to multiply.
-class Layer {
- public:
-  Layer(const Weight& weight, DType dtype, Epilogue epilogue, int threads)
-      : kernels_(kernels.active()), weight_(weight), dtype_(dtype), epilogue_(epilogue), threads_(threads) {}
+int64_t groups_of(const Layer& layer) { return divide_up(layer.in_features, layer.group_size); }
+int64_t panels_of(const Layer& layer) { return divide_up(layer.out_features, panel_width); }
 
-  void run(const Input& x, const void* residual, void* y) const {
+// One call, seen as tasks: rows to quantise, then panels by row ranges to multiply.
+class Call {
+ public:
+  Call(const Input& x, const Projection* projections, int64_t count, int threads)
+      : kernels_(kernels.active()), x_(x), projections_(projections), count_(count), threads_(threads) {
+    for (int64_t i = 0; i < count; ++i) {
+      panels_ += panels_of(layer(i));
+      sums_per_row_ += groups_of(layer(i));
+    }
+  }
+
+  void run() const {
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
-    const int64_t stride = (divide_up(weight_.in_features, 64) | 1) * 64;
+    const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
     const int64_t block = std::max(rows_per_task, tokens_budget / stride);
-    for (int64_t first = 0; first < x.rows; first += block) {
-      const int64_t rows = std::min(block, x.rows - first);
-      const Storage storage(rows, stride, groups());
-      quantize({element(x.data, x.dtype, first * x.stride), x.dtype, rows, x.stride}, storage, stride);
-      const Tokens tokens{storage.codes, stride, storage.scales, storage.sums, rows};
-      multiply(tokens, Rows{y, residual}.from(first * weight_.out_features, dtype_));
+    for (int64_t first = 0; first < x_.rows; first += block) {
+      const Rows rows{first, std::min(block, x_.rows - first)};
+      const Quantized quantized(rows.count, stride, sums_per_row_);
+      quantize(rows, quantized);
+      multiply(rows, quantized);
     }
   }
 
  private:
-  // The outputs from some element on, and what is added to them.
   struct Rows {
-    void* y;
-    const void* residual;
+    int64_t first;
+    int64_t count;
+  };
 
-    Rows from(int64_t index, DType dtype) const {
-      const int64_t offset = index * size_of(dtype);
-      return {static_cast<char*>(y) + offset,
-              residual == nullptr ? nullptr : static_cast<const char*>(residual) + offset};
+  // Tokens in int8, in a buffer of the thread that calls.
+  struct Quantized {
+    int8_t* codes;
+    int64_t stride;
+    float* scales;
+    int32_t* sums;  // of one projection after the other, [rows, groups] each
+
+    Quantized(int64_t rows, int64_t stride, int64_t sums_per_row) : stride(stride) {
+      thread_local Buffer buffer;
+      codes = reinterpret_cast<int8_t*>(buffer.at_least(rows * (stride + 4 + 4 * sums_per_row)));
+      scales = reinterpret_cast<float*>(codes + rows * stride);
+      sums = reinterpret_cast<int32_t*>(scales + rows);
     }
   };
 
-  int64_t groups() const { return divide_up(weight_.in_features, weight_.group_size); }
+  const Layer& layer(int64_t i) const { return *projections_[i].layer; }
+  int64_t in_features() const { return layer(0).in_features; }
 
-  void quantize(const Input& x, const Storage& to, int64_t stride) const {
-    const int team = useful_threads(x.rows * weight_.in_features, quantize_grain, threads_);
-    const int64_t chunk = divide_up(x.rows, team * tasks_per_thread);
-    parallel_for(divide_up(x.rows, chunk), team, [&](int64_t task) {
-      const int64_t end = std::min(x.rows, (task + 1) * chunk);
-      for (int64_t row = task * chunk; row < end; ++row) {
-        kernels_.quantize(element(x.data, x.dtype, row * x.stride), x.dtype, weight_.in_features, weight_.group_size,
-                          to.codes + row * stride, stride, to.scales + row, to.sums + row * groups());
-      }
+  void quantize(const Rows& rows, const Quantized& to) const {
+    const int team = useful_threads(rows.count * in_features(), quantize_grain, threads_);
+    const int64_t chunk = divide_up(rows.count, team * tasks_per_thread);
+    parallel_for(divide_up(rows.count, chunk), team, [&](int64_t task) {
+      const int64_t end = std::min(rows.count, (task + 1) * chunk);
+      for (int64_t row = task * chunk; row < end; ++row) quantize_row(rows, row, to);
     });
   }
 
-  void multiply(const Tokens& tokens, const Rows& to) const {
-    const int64_t panels = divide_up(weight_.out_features, panel_width);
-    const int team = useful_threads(tokens.rows * weight_.in_features * weight_.out_features, multiply_grain, threads_);
-    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels);
-    const int64_t ranges = std::min(wanted, divide_up(tokens.rows, rows_per_task));
-    const int64_t range = divide_up(divide_up(tokens.rows, ranges), 6) * 6;
-    parallel_for(panels * ranges, team, [&](int64_t task) {
+  void quantize_row(const Rows& rows, int64_t row, const Quantized& to) const {
+    int8_t* codes = to.codes + row * to.stride;
+    kernels_.quantize(element(x_.data, x_.dtype, (rows.first + row) * x_.stride), x_.dtype, in_features(), codes,
+                      to.stride, to.scales + row);
+    int32_t* sums = to.sums;
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t groups = groups_of(layer(i));
+      kernels_.sum_groups(codes, in_features(), layer(i).group_size, sums + row * groups);
+      sums += rows.count * groups;
+    }
+  }
+
+  void multiply(const Rows& rows, const Quantized& from) const {
+    const int64_t work = rows.count * in_features() * panels_ * panel_width;
+    const int team = useful_threads(work, multiply_grain, threads_);
+    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
+    const int64_t ranges = std::min(wanted, divide_up(rows.count, rows_per_task));
+    const int64_t range = divide_up(divide_up(rows.count, ranges), 6) * 6;
+    parallel_for(panels_ * ranges, team, [&](int64_t task) {
       const int64_t first = task % ranges * range;
-      const int64_t rows = std::min(range, tokens.rows - first);
-      if (rows <= 0) return;
-      multiply_panel(task / ranges,
-                     {tokens.codes + first * tokens.stride, tokens.stride, tokens.scales + first,
-                      tokens.sums + first * groups(), rows},
-                     to.from(first * weight_.out_features, dtype_));
+      const Rows part{rows.first + first, std::min(range, rows.count - first)};
+      if (part.count <= 0) return;
+      int64_t panel = task / ranges, i = 0;
+      const int32_t* sums = from.sums;
+      for (; panel >= panels_of(layer(i)); ++i) {
+        panel -= panels_of(layer(i));
+        sums += rows.count * groups_of(layer(i));
+      }
+      multiply_panel(projections_[i], panel, part.first,
+                     {from.codes + first * from.stride, from.stride, from.scales + first,
+                      sums + first * groups_of(layer(i)), part.count});
     });
   }
 
-  void multiply_panel(int64_t index, const Tokens& tokens, const Rows& to) const {
+  void multiply_panel(const Projection& projection, int64_t index, int64_t first_row, const Tokens& tokens) const {
     thread_local Buffer scratch;
-    const int64_t quads = divide_up(weight_.in_features, quad);
-    const int64_t per_group = index * groups() * panel_width;
-    const Panel panel{weight_.codes + index * quads * 32 * weight_.bits,
-                      steps_from(weight_.steps, per_group),
-                      weight_.bits,
-                      weight_.group_size / quad,
+    const Layer& layer = *projection.layer;
+    const int64_t quads = divide_up(layer.in_features, quad);
+    const Panel panel{layer.codes + index * quads * 32 * layer.bits,
+                      steps_from(layer.steps, index * groups_of(layer) * panel_width),
+                      layer.bits,
+                      layer.group_size / quad,
                       quads,
-                      groups()};
+                      groups_of(layer)};
     const int64_t column = index * panel_width;
-    const int64_t columns = std::min(panel_width, weight_.out_features - column);
+    const int64_t columns = std::min(panel_width, layer.out_features - column);
     alignas(64) float bias[panel_width];
-    widen_bias(weight_, column, columns, bias);
-    const Rows part = to.from(column, dtype_);
-    const Output output{part.y,        dtype_,    weight_.out_features, columns, bias,
-                        part.residual, epilogue_, gate_table(epilogue_)};
-    kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel)));
+    widen_bias(layer, column, columns, bias);
+    const int64_t offset = (first_row * layer.out_features + column) * size_of(x_.dtype);
+    const char* residual = static_cast<const char*>(projection.residual);
+    const Output output{static_cast<char*>(projection.y) + offset,
+                        x_.dtype,
+                        layer.out_features,
+                        columns,
+                        bias,
+                        residual == nullptr ? nullptr : residual + offset,
+                        layer.epilogue,
+                        gate_table(layer.epilogue)};
+    kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, tokens.rows)));
   }
 
   const Kernels& kernels_;
-  const Weight& weight_;
-  const DType dtype_;
-  const Epilogue epilogue_;
+  const Input& x_;
+  const Projection* projections_;
+  const int64_t count_;
   const int threads_;
+  int64_t panels_ = 0;
+  int64_t sums_per_row_ = 0;
 };
 
 }  // namespace
 
-void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, const void* residual, void* y, int threads) {
-  if (x.rows == 0 || weight.out_features == 0) return;
-  Layer(weight, x.dtype, epilogue, threads).run(x, residual, y);
+void qlinear(const Input& x, const Projection* projections, int64_t count, int threads) {
+  const Call call(x, projections, count, threads);
+  if (x.rows != 0) call.run();
 }
 
 }  // namespace fastembed::qmatmul

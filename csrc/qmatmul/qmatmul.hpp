@@ -9,7 +9,7 @@
 
 namespace fastembed::qmatmul {
 
-struct Weight {
+struct Layer {
   const uint8_t* codes;  // [panels, quads, 32 * bits]
   Steps steps;           // [panels, groups, 64]
   int bits;
@@ -18,6 +18,7 @@ struct Weight {
   DType bias_dtype;
   int64_t in_features;
   int64_t out_features;
+  Epilogue epilogue;
 };
 
 // Rows of in_features elements, each `stride` elements after the one before.
@@ -28,7 +29,15 @@ struct Input {
   int64_t stride;
 };
 
-// y [rows, out_features], contiguous, in the dtype of x; so is the residual, which may be null.
-void qlinear(const Input& x, const Weight& weight, Epilogue epilogue, const void* residual, void* y, int threads);
+// A layer and where its outputs go: y [rows, out_features], contiguous, in the dtype of x; so is the residual, which
+// may be null.
+struct Projection {
+  const Layer* layer;
+  const void* residual;
+  void* y;
+};
+
+// All projections of one input, which is quantised once. Their layers have the same in_features.
+void qlinear(const Input& x, const Projection* projections, int64_t count, int threads);
 
 }  // namespace fastembed::qmatmul

@@ -100,8 +100,7 @@ INLINE int32_t reduce_add(__m256i v) {
 }
 
 template <class T>
-void quantize_as(const T* x, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride, float* scale,
-                 int32_t* sums) {
+void quantize_as(const T* x, int64_t in_features, int8_t* codes, int64_t stride, float* scale) {
   // As integers, magnitudes compare as floats do, with infinity and NaN above every number.
   __m256i largest = _mm256_castps_si256(_mm256_set1_ps(smallest_amax));
   for (int64_t k = 0; k < in_features; k += lanes) {
@@ -112,31 +111,37 @@ void quantize_as(const T* x, int64_t in_features, int64_t group_size, int8_t* co
   *scale = finite ? amax * (1.f / 127.f) : amax - amax;
   const __m256 inverse = _mm256_set1_ps(127.f / amax);
   const __m256i used = _mm256_set1_epi32(finite ? -1 : 0);
-  for (int64_t first = 0; first < in_features; first += group_size) {
-    const int64_t end = first + group_size < in_features ? first + group_size : in_features;
-    __m256i sum = _mm256_setzero_si256();
-    for (int64_t k = first; k < end; k += lanes) {
-      const __m256 scaled = _mm256_mul_ps(load8(x + k, in_features - k), inverse);
-      const __m256i code = _mm256_and_si256(_mm256_cvtps_epi32(scaled), used);
-      sum = _mm256_add_epi32(sum, code);
-      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), _mm_packs_epi16(words, words));
-    }
-    *sums++ = reduce_add(sum);
+  for (int64_t k = 0; k < in_features; k += lanes) {
+    const __m256 scaled = _mm256_mul_ps(load8(x + k, in_features - k), inverse);
+    const __m256i code = _mm256_and_si256(_mm256_cvtps_epi32(scaled), used);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), _mm_packs_epi16(words, words));
   }
   for (int64_t k = (in_features + lanes - 1) / lanes * lanes; k < stride; k += lanes) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + k), _mm_setzero_si128());
   }
 }
 
-void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
-              float* scale, int32_t* sums) {
+void quantize(const void* x, DType dtype, int64_t in_features, int8_t* codes, int64_t stride, float* scale) {
   if (dtype == DType::f32) {
-    quantize_as(static_cast<const float*>(x), in_features, group_size, codes, stride, scale, sums);
+    quantize_as(static_cast<const float*>(x), in_features, codes, stride, scale);
   } else if (dtype == DType::bf16) {
-    quantize_as(static_cast<const BFloat16*>(x), in_features, group_size, codes, stride, scale, sums);
+    quantize_as(static_cast<const BFloat16*>(x), in_features, codes, stride, scale);
   } else {
-    quantize_as(static_cast<const Float16*>(x), in_features, group_size, codes, stride, scale, sums);
+    quantize_as(static_cast<const Float16*>(x), in_features, codes, stride, scale);
+  }
+}
+
+// Codes are zero from in_features on, and groups are multiples of 16.
+void sum_groups(const int8_t* codes, int64_t in_features, int64_t group_size, int32_t* sums) {
+  for (int64_t first = 0; first < in_features; first += group_size) {
+    const int64_t end = first + group_size < in_features ? first + group_size : in_features;
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t k = first; k < end; k += 16) {
+      const __m256i words = _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + k)));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+    }
+    *sums++ = reduce_add(sum);
   }
 }
 
@@ -318,6 +323,6 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
 }  // namespace avx2
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {avx2::quantize, avx2::multiply, avx2::scratch_bytes};
+const Kernels avx2_kernels = {avx2::quantize, avx2::sum_groups, avx2::multiply, avx2::scratch_bytes};
 
 }  // namespace fastembed::qmatmul

@@ -22,6 +22,7 @@ using Vec = __m512;
 using Index = __m512i;
 
 #define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
@@ -43,8 +44,9 @@ INLINE Vec look_up(const float* table, Index i) {
 
 #include "qmatmul/epilogue.inl"
 
+constexpr __mmask16 all_lanes = 0xffff;
 INLINE __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+  return count >= 16 ? all_lanes : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
 // ---- activations ----------------------------------------------------------------------------------------------------
@@ -63,75 +65,95 @@ struct Float16 {
 };
 INLINE __m512 load16(const Float16* p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
 
-INLINE void store_codes(int8_t* codes, __m512i values) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(values));
+template <class T>
+INLINE __m512i load_magnitudes(const T* x, __mmask16 lanes) {
+  return _mm512_castps_si512(_mm512_abs_ps(load16(x, lanes)));
 }
 
-// Calls body(k, lanes) for the columns [first, end) by 16: whole vectors with a constant mask, then the rest.
-template <class Body>
-INLINE void by_vectors(int64_t first, int64_t end, const Body& body) {
-  int64_t k = first;
-  for (; k + 16 <= end; k += 16) body(k, static_cast<__mmask16>(0xffff));
-  if (k < end) body(k, first_lanes(end - k));
+// The largest magnitude, at least smallest_amax. As integers, magnitudes compare as floats do, with infinity and NaN
+// above every number.
+template <class T>
+float largest_magnitude(const T* x, int64_t count) {
+  __m512i largest[4];
+  for (__m512i& v : largest) v = _mm512_castps_si512(broadcast(smallest_amax));
+  int64_t k = 0;
+  for (; k + 64 <= count; k += 64) {
+    UNROLL for (int i = 0; i < 4; ++i) {
+      largest[i] = _mm512_max_epi32(largest[i], load_magnitudes(x + k + 16 * i, all_lanes));
+    }
+  }
+  for (; k < count; k += 16) largest[0] = _mm512_max_epi32(largest[0], load_magnitudes(x + k, first_lanes(count - k)));
+  largest[0] = _mm512_max_epi32(_mm512_max_epi32(largest[0], largest[1]), _mm512_max_epi32(largest[2], largest[3]));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest[0]))));
 }
 
 template <class T>
-void quantize_as(const T* x, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride, float* scale,
-                 int32_t* sums) {
-  // As integers, magnitudes compare as floats do, with infinity and NaN above every number.
-  __m512i largest = _mm512_castps_si512(_mm512_set1_ps(smallest_amax));
-  by_vectors(0, in_features, [&](int64_t k, __mmask16 lanes) INLINE_LAMBDA {
-    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(load16(x + k, lanes))));
-  });
-  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
+void quantize_as(const T* x, int64_t in_features, int8_t* codes, int64_t stride, float* scale) {
+  const float amax = largest_magnitude(x, in_features);
   const bool finite = amax - amax == 0;
   *scale = finite ? amax * (1.f / 127.f) : amax - amax;
-  const __m512 inverse = _mm512_set1_ps(127.f / amax);
+  const __m512 inverse = broadcast(127.f / amax);
   // A token that is not finite gets codes of 0 and a scale of NaN.
-  const __mmask16 used = finite ? 0xffff : 0;
+  const __mmask16 used = finite ? all_lanes : 0;
+  // Packing works within 128-bit lanes; this puts their fours of codes back in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto convert = [&](int64_t k, __mmask16 lanes) INLINE_LAMBDA {
+    return _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(load16(x + k, lanes), inverse));
+  };
+  const auto store = [&](int64_t k, __m512i a, __m512i b, __m512i c, __m512i d) INLINE_LAMBDA {
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    _mm512_store_si512(codes + k, _mm512_permutexvar_epi32(order, bytes));
+  };
+  int64_t k = 0;
+  for (; k + 64 <= in_features; k += 64) {
+    store(k, convert(k, all_lanes), convert(k + 16, all_lanes), convert(k + 32, all_lanes), convert(k + 48, all_lanes));
+  }
+  for (; k < stride; k += 64) {
+    __m512i parts[4];
+    for (int i = 0; i < 4; ++i) parts[i] = convert(k + 16 * i, first_lanes(in_features - k - 16 * i));
+    store(k, parts[0], parts[1], parts[2], parts[3]);
+  }
+}
+
+void quantize(const void* x, DType dtype, int64_t in_features, int8_t* codes, int64_t stride, float* scale) {
+  if (dtype == DType::f32) {
+    quantize_as(static_cast<const float*>(x), in_features, codes, stride, scale);
+  } else if (dtype == DType::bf16) {
+    quantize_as(static_cast<const BFloat16*>(x), in_features, codes, stride, scale);
+  } else {
+    quantize_as(static_cast<const Float16*>(x), in_features, codes, stride, scale);
+  }
+}
+
+void sum_groups(const int8_t* codes, int64_t in_features, int64_t group_size, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t first = 0; first < in_features; first += group_size) {
     const int64_t end = first + group_size < in_features ? first + group_size : in_features;
     __m512i sum = _mm512_setzero_si512();
-    by_vectors(first, end, [&](int64_t k, __mmask16 lanes) INLINE_LAMBDA {
-      const __m512i code = _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(load16(x + k, lanes), inverse));
-      sum = _mm512_add_epi32(sum, code);
-      store_codes(codes + k, code);
-    });
+    int64_t k = first;
+    for (; k + 64 <= end; k += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(codes + k));
+    if (k < end) {
+      const __mmask64 rest = (uint64_t{1} << (end - k)) - 1;
+      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(rest, codes + k));
+    }
     *sums++ = _mm512_reduce_add_epi32(sum);
-  }
-  for (int64_t k = (in_features + 15) / 16 * 16; k < stride; k += 16) store_codes(codes + k, _mm512_setzero_si512());
-}
-
-void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
-              float* scale, int32_t* sums) {
-  if (dtype == DType::f32) {
-    quantize_as(static_cast<const float*>(x), in_features, group_size, codes, stride, scale, sums);
-  } else if (dtype == DType::bf16) {
-    quantize_as(static_cast<const BFloat16*>(x), in_features, group_size, codes, stride, scale, sums);
-  } else {
-    quantize_as(static_cast<const Float16*>(x), in_features, group_size, codes, stride, scale, sums);
   }
 }
 
 // ---- outputs --------------------------------------------------------------------------------------------------------
 
-INLINE void store16(void* data, DType dtype, int64_t index, __mmask16 lanes, __m512 v) {
-  if (dtype == DType::f32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, lanes, v);
-    return;
-  }
-  __m256i half;
-  if (dtype == DType::f16) {
-    half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
-  }
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, lanes, half);
+INLINE void store16(float* p, __mmask16 lanes, __m512 v) { _mm512_mask_storeu_ps(p, lanes, v); }
+INLINE void store16(Float16* p, __mmask16 lanes, __m512 v) {
+  _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE void store16(BFloat16* p, __mmask16 lanes, __m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(high));
 }
 
 // Elements [index, index + 16) of an array of any dtype.
@@ -141,14 +163,52 @@ INLINE __m512 load16(const void* data, DType dtype, int64_t index, __mmask16 lan
   return load16(static_cast<const BFloat16*>(data) + index, lanes);
 }
 
-// Output features [column, column + 16) of the panel for one token.
-INLINE void finish(__m512 total, const Tokens& tokens, int64_t row, int64_t column, const Output& output) {
-  const int64_t index = row * output.row_stride + column;
-  const __mmask16 lanes = first_lanes(output.columns - column);
-  __m512 y = multiply_add(total, broadcast(tokens.scales[row]), _mm512_loadu_ps(output.bias + column));
-  y = apply_epilogue(y, output);
-  if (output.residual != nullptr) y = _mm512_add_ps(y, load16(output.residual, output.dtype, index, lanes));
-  store16(output.data, output.dtype, index, lanes, y);
+// The sums of some tokens: [rows, width], for output features from `column` of the panel on, tokens from `row` on.
+struct Sums {
+  const float* data;
+  int64_t rows;
+  int64_t width;
+  int64_t row;
+  int64_t column;
+};
+
+template <Epilogue epilogue, class T>
+void finish_as(const Sums& sums, const Tokens& tokens, const Output& output) {
+  for (int64_t i = 0; i < sums.width; i += 16) {
+    const int64_t column = sums.column + i;
+    const __mmask16 lanes = first_lanes(output.columns - column);
+    const __m512 bias = _mm512_load_ps(output.bias + column);
+    const int64_t first = sums.row * output.row_stride + column;
+    T* to = static_cast<T*>(output.data) + first;
+    const T* residual = output.residual == nullptr ? nullptr : static_cast<const T*>(output.residual) + first;
+    for (int64_t r = 0; r < sums.rows; ++r) {
+      const __m512 total = _mm512_load_ps(sums.data + r * sums.width + i);
+      __m512 y = multiply_add(total, broadcast(tokens.scales[sums.row + r]), bias);
+      y = apply_epilogue<epilogue>(y, output.gate);
+      if (residual != nullptr) y = _mm512_add_ps(y, load16(residual + r * output.row_stride, lanes));
+      store16(to + r * output.row_stride, lanes, y);
+    }
+  }
+}
+
+template <Epilogue epilogue>
+void finish_with(const Sums& sums, const Tokens& tokens, const Output& output) {
+  if (output.dtype == DType::f32) return finish_as<epilogue, float>(sums, tokens, output);
+  if (output.dtype == DType::f16) return finish_as<epilogue, Float16>(sums, tokens, output);
+  return finish_as<epilogue, BFloat16>(sums, tokens, output);
+}
+
+void finish(const Sums& sums, const Tokens& tokens, const Output& output) {
+  switch (output.epilogue) {
+    case Epilogue::none:
+      return finish_with<Epilogue::none>(sums, tokens, output);
+    case Epilogue::relu:
+      return finish_with<Epilogue::relu>(sums, tokens, output);
+    case Epilogue::silu:
+      return finish_with<Epilogue::silu>(sums, tokens, output);
+    default:
+      return finish_with<Epilogue::gelu>(sums, tokens, output);
+  }
 }
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
@@ -187,8 +247,6 @@ struct Unpacker {
     }
   }
 };
-
-constexpr __mmask16 all_lanes = 0xffff;
 
 INLINE __m512 load_scales(const Panel& panel, int64_t group, int64_t column) {
   return load16(panel.steps.scales, panel.steps.dtype, group * panel_width + column, all_lanes);
@@ -263,115 +321,125 @@ void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
       }
     }
   }
+  alignas(64) float totals[Rows * panel_width];
   for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tiles; ++t) finish(total[r][t], tokens, r, t * tile_width, output);
+    for (int t = 0; t < tiles; ++t) _mm512_store_ps(totals + r * panel_width + t * tile_width, total[r][t]);
   }
+  finish({totals, Rows, panel_width, 0, 0}, tokens, output);
 }
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
 
-#include "qmatmul/unpacked.inl"
+constexpr int tile_rows = 6;
+constexpr int tile_vectors = 2;  // of 16 output features
+constexpr int64_t block_columns = tile_vectors * tile_width;
 
-// What a group adds after its products.
-enum class After {
+#include "qmatmul/blocked.inl"
+
+// Where the zero points went that are not in the unpacked bytes.
+enum class Rest {
   nothing,
-  zeros,  // zero points that could not be folded into the bytes
-  shifts,
+  zeros,   // 8-bit codes with zero points of their own: into the start of the sums
+  shifts,  // into the end of a group
 };
 
-INLINE After after_products(const Panel& panel) {
-  if (panel.is_shifted()) return After::shifts;
-  return panel.bits == 8 && panel.steps.kind == Zeros::codes ? After::zeros : After::nothing;
+INLINE Rest rest_of(const Panel& panel) {
+  if (panel.is_shifted()) return Rest::shifts;
+  return panel.bits == 8 && panel.steps.kind == Zeros::codes ? Rest::zeros : Rest::nothing;
 }
 
 template <int Bits>
-void unpack_panel(const Panel& panel, const Unpacked& to) {
+void unpack_block(const Panel& panel, const Block& block) {
   const Unpacker<Bits> unpack;
-  const After after = after_products(panel);
-  for (int64_t group = 0; group < panel.groups; ++group) {
-    const int64_t quads = panel.quads_in(group);
-    for (int64_t t = 0; t < panel_width / tile_width; ++t) {
-      const int64_t column = group * panel_width + t * tile_width;
-      const __m512i zeros = load_zeros(panel, group, t * tile_width);
-      _mm512_store_ps(to.scales + column, load_scales(panel, group, t * tile_width));
-      if (after == After::zeros) _mm512_store_si512(to.zeros + column, zeros);
-      if (after == After::shifts) _mm512_store_ps(to.shifts + column, load_shifts(panel, group, t * tile_width));
+  const Rest rest = rest_of(panel);
+  uint8_t* bytes = block.bytes;
+  for (int64_t i = 0; i < block.groups; ++i) {
+    const int64_t group = block.first_group + i;
+    const uint8_t* tile = panel.codes + (group * panel.group_quads * 4 + block.column / tile_width) * 8 * Bits;
+    __m512i offsets[tile_vectors];
+    for (int t = 0; t < tile_vectors; ++t) {
+      const int64_t column = block.column + t * tile_width, at = i * block_columns + t * tile_width;
+      const __m512i zeros = load_zeros(panel, group, column);
+      _mm512_store_ps(block.scales + at, load_scales(panel, group, column));
+      if (rest == Rest::zeros) _mm512_store_si512(block.zeros + at, zeros);
+      if (rest == Rest::shifts) _mm512_store_ps(block.shifts + at, load_shifts(panel, group, column));
       // 128 - zero in every byte of a column's lane.
-      const __m512i offset = after == After::zeros ? _mm512_setzero_si512()
-                                                   : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
-                                                                        _mm512_set1_epi32(0x01010101));
-      const int64_t first = group * panel.group_quads * 4 + t;
-      for (int64_t tile = first; tile < first + quads * 4; tile += 4) {
-        const __m512i bytes = _mm512_add_epi8(unpack(panel.codes + tile * 8 * Bits), offset);
-        _mm512_store_si512(to.bytes + tile * 64, bytes);
+      offsets[t] = rest == Rest::zeros ? _mm512_setzero_si512()
+                                       : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
+                                                            _mm512_set1_epi32(0x01010101));
+    }
+    for (int64_t n = panel.quads_in(group); n > 0; --n) {
+      for (int t = 0; t < tile_vectors; ++t) {
+        _mm512_store_si512(bytes + t * 64, _mm512_add_epi8(unpack(tile + t * 8 * Bits), offsets[t]));
       }
+      tile += 4 * 8 * Bits;
+      bytes += quad * block_columns;
     }
   }
 }
 
-constexpr int tile_rows = 6;
-constexpr int tile_columns = 2;  // of 16 output features
-
-template <int Rows, After after>
-void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& tokens, int64_t row, int64_t first_tile,
-                   const Output& output) {
-  __m512 total[Rows][tile_columns];
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_columns; ++t) total[r][t] = _mm512_setzero_ps();
-  }
-  const uint8_t* bytes = weights.bytes + first_tile * 64;
-  const int8_t* quads = tokens.codes + row * tokens.stride;
-  const int32_t* sums = tokens.sums + row * panel.groups;
-  for (int64_t group = 0; group < panel.groups; ++group) {
-    const int64_t column = group * panel_width + first_tile * tile_width;
-    __m512i dot[Rows][tile_columns];
-    for (int r = 0; r < Rows; ++r) {
-      const int32_t start = after == After::zeros ? 0 : -128 * sums[r * panel.groups + group];
-      for (int t = 0; t < tile_columns; ++t) dot[r][t] = _mm512_set1_epi32(start);
+template <int Rows, Rest rest>
+void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
+  __m512 total[Rows][tile_vectors];
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      total[r][t] = _mm512_load_ps(totals + r * block_columns + t * tile_width);
     }
-    for (int64_t n = panel.quads_in(group); n > 0; --n) {
-      __m512i w[tile_columns];
-      for (int t = 0; t < tile_columns; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
-      for (int r = 0; r < Rows; ++r) {
-        const __m512i a = load_quad(quads + r * tokens.stride);
-        for (int t = 0; t < tile_columns; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
+  }
+  const uint8_t* bytes = block.bytes;
+  const int8_t* quads = tokens.codes + row * tokens.stride + block.first_group * panel.group_quads * quad;
+  const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
+  for (int64_t group = 0; group < block.groups; ++group) {
+    const int64_t at = group * block_columns;
+    __m512i dot[Rows][tile_vectors];
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      const int32_t sum = sums[r * panel.groups + group];
+      UNROLL for (int t = 0; t < tile_vectors; ++t) {
+        if constexpr (rest == Rest::zeros) {
+          const __m512i zeros = _mm512_load_si512(block.zeros + at + t * tile_width);
+          dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-sum));
+        } else {
+          dot[r][t] = _mm512_set1_epi32(-128 * sum);
+        }
       }
-      bytes += quad * panel_width;
+    }
+    for (int64_t n = panel.quads_in(block.first_group + group); n > 0; --n) {
+      __m512i w[tile_vectors];
+      UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        const __m512i a = load_quad(quads + r * tokens.stride);
+        UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
+      }
+      bytes += quad * block_columns;
       quads += quad;
     }
-    for (int t = 0; t < tile_columns; ++t) {
-      const __m512 scales = _mm512_load_ps(weights.scales + column + t * tile_width);
-      for (int r = 0; r < Rows; ++r) {
-        if constexpr (after == After::zeros) {
-          const __m512i sum = _mm512_set1_epi32(sums[r * panel.groups + group]);
-          const __m512i zeros = _mm512_load_si512(weights.zeros + column + t * tile_width);
-          dot[r][t] = _mm512_sub_epi32(dot[r][t], _mm512_mullo_epi32(zeros, sum));
-        }
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      const __m512 scales = _mm512_load_ps(block.scales + at + t * tile_width);
+      UNROLL for (int r = 0; r < Rows; ++r) {
         total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
-        if constexpr (after == After::shifts) {
+        if constexpr (rest == Rest::shifts) {
           const __m512 sum = broadcast(static_cast<float>(sums[r * panel.groups + group]));
-          const __m512 shifts = _mm512_load_ps(weights.shifts + column + t * tile_width);
+          const __m512 shifts = _mm512_load_ps(block.shifts + at + t * tile_width);
           total[r][t] = multiply_add(sum, shifts, total[r][t]);
         }
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_columns; ++t) {
-      finish(total[r][t], tokens, row + r, (first_tile + t) * tile_width, output);
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      _mm512_store_ps(totals + r * block_columns + t * tile_width, total[r][t]);
     }
   }
 }
 
-using MultiplyTile = void (*)(const Panel&, const Unpacked&, const Tokens&, int64_t, int64_t, const Output&);
-template <After after>
+template <Rest rest>
 constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
-                                                          multiply_tile<1, after>,
-                                                          multiply_tile<2, after>,
-                                                          multiply_tile<3, after>,
-                                                          multiply_tile<4, after>,
-                                                          multiply_tile<5, after>,
-                                                          multiply_tile<6, after>};
+                                                          multiply_tile<1, rest>,
+                                                          multiply_tile<2, rest>,
+                                                          multiply_tile<3, rest>,
+                                                          multiply_tile<4, rest>,
+                                                          multiply_tile<5, rest>,
+                                                          multiply_tile<6, rest>};
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -387,19 +455,11 @@ void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& outpu
     default:
       break;
   }
-  const Unpacked weights(panel, scratch);
-  unpack_panel<Bits>(panel, weights);
-  const After after = after_products(panel);
-  const MultiplyTile* of_rows = after == After::zeros    ? multiply_tile_of<After::zeros>
-                                : after == After::shifts ? multiply_tile_of<After::shifts>
-                                                         : multiply_tile_of<After::nothing>;
-  const int64_t used_tiles = (output.columns + tile_width - 1) / tile_width;
-  for (int64_t row = 0; row < tokens.rows; row += tile_rows) {
-    const int64_t rows = tokens.rows - row < tile_rows ? tokens.rows - row : tile_rows;
-    for (int64_t tile = 0; tile < used_tiles; tile += tile_columns) {
-      of_rows[rows](panel, weights, tokens, row, tile, output);
-    }
-  }
+  const Rest rest = rest_of(panel);
+  const MultiplyTile* of_rows = rest == Rest::zeros    ? multiply_tile_of<Rest::zeros>
+                                : rest == Rest::shifts ? multiply_tile_of<Rest::shifts>
+                                                       : multiply_tile_of<Rest::nothing>;
+  multiply_blocks(panel, tokens, output, scratch, unpack_block<Bits>, of_rows);
 }
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -413,6 +473,6 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
 }  // namespace avx512vnni
 
 extern const Kernels avx512vnni_kernels;
-const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::multiply, avx512vnni::scratch_bytes};
+const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::sum_groups, avx512vnni::multiply, avx512vnni::scratch_bytes};
 
 }  // namespace fastembed::qmatmul

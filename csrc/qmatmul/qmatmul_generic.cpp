@@ -27,8 +27,7 @@ Vec look_up(const float* table, Index i) { return table[i]; }
 
 #include "qmatmul/epilogue.inl"
 
-void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_size, int8_t* codes, int64_t stride,
-              float* scale, int32_t* sums) {
+void quantize(const void* x, DType dtype, int64_t in_features, int8_t* codes, int64_t stride, float* scale) {
   float amax = smallest_amax;
   bool finite = true;
   for (int64_t k = 0; k < in_features; ++k) {
@@ -36,16 +35,19 @@ void quantize(const void* x, DType dtype, int64_t in_features, int64_t group_siz
     finite = finite && std::isfinite(magnitude);
     amax = larger(magnitude, amax);
   }
-  const float inverse = finite ? 127.f / amax : 0.f;
+  const float inverse = 127.f / amax;
   *scale = finite ? amax * (1.f / 127.f) : NAN;
   std::memset(codes, 0, static_cast<size_t>(stride));
+  for (int64_t k = 0; finite && k < in_features; ++k) {
+    codes[k] = static_cast<int8_t>(std::nearbyint(load_scalar(x, dtype, k) * inverse));
+  }
+}
+
+void sum_groups(const int8_t* codes, int64_t in_features, int64_t group_size, int32_t* sums) {
   for (int64_t first = 0; first < in_features; first += group_size) {
     const int64_t end = first + group_size < in_features ? first + group_size : in_features;
     int32_t sum = 0;
-    for (int64_t k = first; finite && k < end; ++k) {
-      codes[k] = static_cast<int8_t>(std::nearbyint(load_scalar(x, dtype, k) * inverse));
-      sum += codes[k];
-    }
+    for (int64_t k = first; k < end; ++k) sum += codes[k];
     *sums++ = sum;
   }
 }
@@ -113,7 +115,7 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
   }
 }
 
-int64_t scratch_bytes(const Panel& panel) {
+int64_t scratch_bytes(const Panel& panel, int64_t) {
   return panel.quads * quad * panel_width * static_cast<int64_t>(sizeof(int16_t));
 }
 
@@ -121,6 +123,6 @@ int64_t scratch_bytes(const Panel& panel) {
 }  // namespace generic
 
 extern const Kernels generic_kernels;
-const Kernels generic_kernels = {generic::quantize, generic::multiply, generic::scratch_bytes};
+const Kernels generic_kernels = {generic::quantize, generic::sum_groups, generic::multiply, generic::scratch_bytes};
 
 }  // namespace fastembed::qmatmul

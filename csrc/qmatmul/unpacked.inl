@@ -16,6 +16,6 @@ struct Unpacked {
   }
 };
 
-int64_t scratch_bytes(const Panel& panel) {
+int64_t scratch_bytes(const Panel& panel, int64_t) {
   return (panel.quads * quad + panel.groups * static_cast<int64_t>(2 * sizeof(float) + sizeof(int32_t))) * panel_width;
 }

@@ -79,6 +79,7 @@ class QuantLinear(nn.Module):
         self.activations = activations
         self.epilogue = epilogue
         self._features_per_group = features_per_group
+        self._layer: qmatmul.Layer | None = None
         panels = -(-out_features // PANEL)
         per_group = (panels, -(-in_features // features_per_group), PANEL)
         codes_shape = (panels, -(-in_features // QUAD), 32 * bits)
@@ -190,7 +191,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, plus `residual` [..., out_features] if there is one, added after the epilogue."""
-        device = x.device.type
+        device = "cpu" if x.is_cpu else x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
             residual = None if residual is None else residual.to(x.dtype)
@@ -198,6 +199,8 @@ class QuantLinear(nn.Module):
             raise ValueError(f"x must have {self.in_features} features in its last dimension, got {list(x.shape)}")
         # nn.Module.__getattr__ would cost as much as a small layer.
         buffers = self._buffers
+        if residual is None and qmatmul.runs_prepared(x, buffers["bias"]):
+            return self._prepare()(x)
         return qmatmul.qlinear(
             x,
             buffers["codes"],  # type: ignore[arg-type]
@@ -210,6 +213,25 @@ class QuantLinear(nn.Module):
             out_features=self.out_features,
             epilogue=self.epilogue,
         )
+
+    def _prepare(self) -> qmatmul.Layer:
+        """The layer's tensors as the kernels want them, checked again only when they changed."""
+        buffers = self._buffers
+        tensors: Any = (buffers["codes"], buffers["scales"], buffers["zeros"], buffers["bias"])
+        layer = self._layer
+        if layer is None or not layer.is_of(*tensors, self.epilogue):
+            layer = self._layer = qmatmul.prepare(
+                *tensors,
+                bits=self.bits,
+                group_size=self._features_per_group,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                epilogue=self.epilogue,
+            )
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layer": None}  # addresses mean nothing to a copy
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out_features, in_features] that the codes stand for."""

@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from .. import backends
 
 _library = torch.library.Library("fastembed", "DEF")
 
 Implementation = Callable[..., Any]
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 class Op:
@@ -56,7 +62,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         tensors = _tensors(args)
-        if _is_plain_eager(tensors):
+        if is_plain_eager(tensors):
             return self._implementation_for(tensors[0])(*args)
         return self.overload(*args)
 
@@ -100,14 +106,14 @@ def _device_problem(backend: str, device: str) -> str | None:
     return None
 
 
-def _is_plain_eager(tensors: Iterable[Any]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+def is_plain_eager(tensors: Iterable[Any]) -> bool:
+    """Whether an op on these tensors may skip the dispatcher: nothing is traced, recorded or transformed."""
+    if _is_compiling() or _dispatch_modes() > 0 or _functorch_level() is not None:
         return False
     grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
             return False
         if tensor.is_meta or (grad_enabled and tensor.requires_grad):
             return False

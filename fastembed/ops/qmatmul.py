@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import core, num_threads
+from .. import backends
+from .._native import core
 from ..reference import qmatmul as reference
-from ._registry import Op
+from ._registry import Op, is_plain_eager
 
 EPILOGUES = (None, "gelu", "gelu_tanh", "relu", "silu")
 BITS = range(1, 9)
@@ -108,6 +109,14 @@ def _check_weight(
         _check_tensor("zeros", zeros, per_group, zeros.dtype, codes.device)
 
 
+def _check_bias(bias: Tensor | None, out_features: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    if bias.dtype not in _DTYPE_CODES:
+        raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
+    _check_tensor("bias", bias, (out_features,), bias.dtype, device)
+
+
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
@@ -142,10 +151,7 @@ def _check(
             f"got shape {list(x.shape)}"
         )
     _check_weight(codes, scales, zeros, bits, group_size, out_features, x.shape[-1])
-    if bias is not None:
-        if bias.dtype not in _DTYPE_CODES:
-            raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
-        _check_tensor("bias", bias, (out_features,), bias.dtype, x.device)
+    _check_bias(bias, out_features, x.device)
     if residual is not None:
         _check_tensor("residual", residual, (*x.shape[:-1], out_features), x.dtype, x.device)
 
@@ -153,6 +159,121 @@ def _check(
 def _reference(x: Tensor, *args: Any) -> Tensor:
     _check(x, *args)
     return reference.qlinear(x, *args)
+
+
+class Layer:
+    """A layer's checked tensors and the core's handle on them: what `prepare` makes, for calls that check only x.
+
+    It keeps the tensors it was made of, and `is_of` tells whether these are still the ones, and where they were.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        in_features: int,
+        out_features: int,
+        epilogue: str | None,
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self._epilogue = epilogue
+        self._tensors = (codes, scales, zeros, bias)
+        self._addresses = [_address(tensor) for tensor in self._tensors]
+        # A copy of a strided tensor would not follow its changes, so such a layer is prepared anew for every call.
+        self._is_lasting = all(tensor is None or tensor.is_contiguous() for tensor in self._tensors)
+        self._kept = [None if tensor is None else tensor.contiguous() for tensor in self._tensors]
+        self.handle = core.QLinear(
+            in_features,
+            out_features,
+            _address(self._kept[0]),
+            _address(self._kept[1]),
+            _DTYPE_CODES[scales.dtype],
+            _address(self._kept[2]),
+            _NO_ZEROS if zeros is None else _CODE_ZEROS if zeros.dtype == torch.uint8 else _FRACTIONAL_ZEROS,
+            bits,
+            group_size,
+            _address(self._kept[3]),
+            0 if bias is None else _DTYPE_CODES[bias.dtype],
+            EPILOGUES.index(epilogue),
+        )
+
+    def is_of(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, epilogue: str | None
+    ) -> bool:
+        own = self._tensors
+        if codes is not own[0] or scales is not own[1] or zeros is not own[2] or bias is not own[3]:
+            return False
+        addresses = self._addresses
+        return (
+            codes.data_ptr() == addresses[0]
+            and scales.data_ptr() == addresses[1]
+            and (zeros is None or zeros.data_ptr() == addresses[2])
+            and (bias is None or bias.data_ptr() == addresses[3])
+            and epilogue == self._epilogue
+            and self._is_lasting
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer on a checked x, and on a checked residual."""
+        stride = self.in_features
+        if stride > 0 and x.is_contiguous():
+            rows, count = x, x.numel() // stride
+        else:
+            rows = _as_rows(x)
+            count, stride = rows.shape[0], rows.stride(0)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        if residual is not None:
+            residual = residual.contiguous()
+        address = 0 if residual is None else residual.data_ptr()
+        self.handle(
+            rows.data_ptr(), _DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+
+def prepare(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    epilogue: str | None,
+) -> Layer:
+    """Check a layer's tensors, as in `qlinear`, once for many calls. Raises as `qlinear` does."""
+    check_configuration(bits, group_size, epilogue)
+    _check_weight(codes, scales, zeros, bits, group_size, out_features, in_features)
+    _check_bias(bias, out_features, codes.device)
+    return Layer(codes, scales, zeros, bias, bits, group_size, in_features, out_features, epilogue)
+
+
+def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether x may go straight to a prepared layer: plain eager inference on the CPU, with no other backend forced."""
+    return (
+        x.is_cpu
+        and x.dtype in _DTYPE_CODES
+        and x.dim() > 0
+        and is_plain_eager((x,) if bias is None else (x, bias))
+        and backends.requested_backend() in (None, "cpu")
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x as [rows, in_features], with features next to each other."""
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def _cpu(
@@ -168,37 +289,8 @@ def _cpu(
     epilogue: str | None,
 ) -> Tensor:
     _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
-    in_features = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    if in_features > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    y = x.new_empty(*x.shape[:-1], out_features)
-    codes, scales = codes.contiguous(), scales.contiguous()
-    zeros = None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    core.qlinear(
-        rows.data_ptr(),
-        _DTYPE_CODES[x.dtype],
-        rows.shape[0],
-        in_features,
-        rows.stride(0),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        _DTYPE_CODES[scales.dtype],
-        0 if zeros is None else zeros.data_ptr(),
-        _NO_ZEROS if zeros is None else _CODE_ZEROS if zeros.dtype == torch.uint8 else _FRACTIONAL_ZEROS,
-        bits,
-        group_size,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _DTYPE_CODES[bias.dtype],
-        out_features,
-        EPILOGUES.index(epilogue),
-        0 if residual is None else residual.data_ptr(),
-        y.data_ptr(),
-        num_threads(),
-    )
-    return y
+    layer = Layer(codes, scales, zeros, bias, bits, group_size, x.shape[-1], out_features, epilogue)
+    return layer(x, residual)
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

@@ -96,6 +96,7 @@ def fde(
 def relative_representations(
     x: int, rows: int, anchors: int, anchor_rows: int, dim: int, dtype: int, out: int, threads: int
 ) -> None: ...
+
 class QLinear:
     def __init__(
         self,
@@ -112,9 +113,7 @@ class QLinear:
         bias_dtype: int,
         epilogue: int,
     ) -> None: ...
-    def __call__(
-        self, x: int, dtype: int, rows: int, row_stride: int, residual: int, y: int, threads: int
-    ) -> None: ...
+    def __call__(self, x: int, dtype: int, rows: int, row_stride: int, residual: int, y: int, threads: int) -> None: ...
 
 def qlinears(
     layers: list[tuple[QLinear, int]], x: int, dtype: int, rows: int, row_stride: int, threads: int

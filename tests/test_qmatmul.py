@@ -19,10 +19,10 @@ from fastembed.reference import qmatmul as reference
 ALL_BITS = tuple(range(1, 9))
 ZEROS = ("none", "codes", "fractional")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Around the tile of 4 input features, the registers of 16 and 64, and more than one panel.
-IN_FEATURES = (1, 3, 4, 5, 16, 37, 64, 100, 192, 384)
+# Around the tile of 4 input features, the registers of 16 and 64, and more than one block and one panel.
+IN_FEATURES = (1, 3, 4, 5, 16, 37, 64, 100, 192, 384, 1100)
 OUT_FEATURES = (1, 2, 15, 16, 17, 63, 64, 65, 130, 192)
-ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 70)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 17, 18, 70)
 
 
 @dataclass
@@ -180,7 +180,7 @@ def test_close_to_the_definition(
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("rows", [1, 4, 5, 13])
+@pytest.mark.parametrize("rows", [1, 4, 5, 13, 20])
 def test_integers_are_exact(isa: str, bits: int, symmetric: bool, rows: int) -> None:
     """With unit scales and activations that are their own codes, every result is an integer below 2**24."""
     layer = make_layer(200, 130, bits, 64, symmetric=symmetric, bias=None)
@@ -238,14 +238,15 @@ def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...],
 def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str) -> None:
     """A state dict moved to another machine gives the same results there."""
     layer = make_layer(200, 130, bits, symmetric=zeros == "none", fractional=zeros == "fractional", epilogue=epilogue)
-    x = random_x(9, 200)
-    before = core.isa()
-    results = []
-    for level in supported_isa_levels()[1:]:
-        core.set_isa(level)
-        results.append(layer(x))
-    core.set_isa(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for rows in (9, 21):
+        x = random_x(rows, 200)
+        before = core.isa()
+        results = []
+        for level in supported_isa_levels()[1:]:
+            core.set_isa(level)
+            results.append(layer(x))
+        core.set_isa(before)
+        assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_more_rows_than_one_block() -> None:

@@ -318,6 +318,52 @@ def test_training_mode_is_kept_and_the_linear_is_not_changed() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in linear.state_dict().items())
 
 
+CHANGES: dict[str, Callable[[QuantLinear, QuantLinear], object]] = {
+    "a new buffer": lambda layer, other: setattr(layer, "codes", other.codes),
+    "a buffer's new memory": lambda layer, other: setattr(layer.scales, "data", other.scales.clone()),
+    "new values": lambda layer, other: layer.codes.copy_(other.codes),
+    "a state_dict": lambda layer, other: layer.load_state_dict(other.state_dict()),
+    "a state_dict that is assigned": lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
+    "no bias": lambda layer, other: setattr(layer, "bias", None),
+    "another bias": lambda layer, other: setattr(layer, "bias", other.bias),
+    "a strided bias": lambda layer, other: setattr(layer, "bias", torch.stack([other.bias] * 2, dim=1)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_weight_is_seen(change: str) -> None:
+    """What a layer prepared for its first call must not outlive the tensors it was prepared from."""
+    layer = QuantLinear.from_linear(make_linear())
+    torch.manual_seed(1)
+    other = QuantLinear.from_linear(nn.Linear(100, 70))
+    x = torch.randn(3, 100)
+    with torch.no_grad():
+        before = layer(x)
+        CHANGES[change](layer, other)
+        after = layer(x)
+        with fastembed.use_backend("reference"):
+            expected = layer(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, expected)
+
+
+def test_a_change_to_a_weight_that_does_not_fit_is_refused() -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    layer(torch.randn(3, 100))
+    layer.scales = layer.scales[:, :1]
+    with pytest.raises(ValueError, match="scales must have shape"):
+        layer(torch.randn(3, 100))
+
+
+def test_a_bias_that_learns_after_the_first_call() -> None:
+    layer = QuantLinear.from_linear(make_linear())
+    x = torch.randn(3, 100)
+    layer(x)
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((70,), 3.0))
+
+
 def test_reference_backend_can_be_forced() -> None:
     layer = QuantLinear.from_linear(make_linear())
     x = torch.randn(3, 100)

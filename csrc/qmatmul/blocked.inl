@@ -51,11 +51,28 @@ inline __attribute__((always_inline)) void prefetch_outputs(const Output& output
   }
 }
 
+// Fetches what lies ahead of the work, a little at a time.
+struct Ahead {
+  const uint8_t* at;
+  int64_t left;
+  int64_t step;
+
+  inline __attribute__((always_inline)) Ahead(const uint8_t* from, int64_t bytes, int64_t steps)
+      : at(from), left(from == nullptr ? 0 : bytes), step((bytes / steps + 64) / 64 * 64) {}
+
+  inline __attribute__((always_inline)) void fetch() {
+    for (const uint8_t* end = at + (left < step ? left : step); at < end; at += 64, left -= 64) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+};
+
 // `multiply_tile_of` has a function per number of tokens.
 inline void multiply_blocks(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch,
                             UnpackBlock unpack_block, const MultiplyTile* multiply_tile_of) {
   const int64_t most_groups = groups_per_block(panel);
-  const int64_t most_quads = most_groups * panel.group_quads < panel.quads ? most_groups * panel.group_quads : panel.quads;
+  const int64_t most_quads =
+      most_groups * panel.group_quads < panel.quads ? most_groups * panel.group_quads : panel.quads;
   Block block;
   block.bytes = static_cast<uint8_t*>(scratch);
   block.scales = reinterpret_cast<float*>(block.bytes + most_quads * quad * block_columns);
@@ -66,6 +83,9 @@ inline void multiply_blocks(const Panel& panel, const Tokens& tokens, const Outp
   // Tiles of equal height, as nearly as may be: a low one would wait for its few sums.
   const int64_t tiles = (tokens.rows + tile_rows - 1) / tile_rows;
   const int64_t height = tokens.rows / tiles, higher = tokens.rows % tiles;
+  const int64_t blocks =
+      (output.columns + block_columns - 1) / block_columns * ((panel.groups + most_groups - 1) / most_groups);
+  Ahead ahead(panel.next_codes, panel.quads * 32 * panel.bits, blocks * tiles);
   for (block.column = 0; block.column < output.columns; block.column += block_columns) {
     block.first_group = 0;
     do {
@@ -77,6 +97,7 @@ inline void multiply_blocks(const Panel& panel, const Tokens& tokens, const Outp
         const int64_t rows = height + (tile < higher ? 1 : 0);
         float* sums = totals + (waiting ? row * block_columns : 0);
         if (block.first_group == 0) __builtin_memset(sums, 0, static_cast<size_t>(rows * block_columns) * sizeof *sums);
+        ahead.fetch();
         if (last) prefetch_outputs(output, block, row, rows);
         multiply_tile_of[rows](panel, block, tokens, row, sums);
         if (last) finish({sums, rows, block_columns, row, block.column}, tokens, output);

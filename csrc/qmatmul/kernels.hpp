@@ -42,6 +42,7 @@ struct Panel {
   int64_t group_quads;
   int64_t quads;
   int64_t groups;
+  const uint8_t* next_codes;  // of the panel that comes next, to be fetched meanwhile; may be null
 
   // Always inlined: a copy compiled for one level must not serve another.
   __attribute__((always_inline)) int64_t quads_in(int64_t group) const {
@@ -81,7 +82,8 @@ struct Kernels {
   void (*quantize)(const void* x, DType dtype, int64_t in_features, int8_t* codes, int64_t stride, float* scale);
   // The sums of a token's codes by group.
   void (*sum_groups)(const int8_t* codes, int64_t in_features, int64_t group_size, int32_t* sums);
-  // Tokens times one panel, through bias and epilogue. `scratch` has scratch_bytes(panel, tokens.rows) bytes, aligned to 64.
+  // Tokens times one panel, through bias and epilogue. `scratch` has scratch_bytes(panel, tokens.rows) bytes, aligned
+  // to 64.
   void (*multiply)(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch);
   int64_t (*scratch_bytes)(const Panel& panel, int64_t rows);
 };

@@ -25,7 +25,7 @@ namespace {
 
 // Quantised activations of at most this many bytes are in flight, so that they stay in the second-level cache between
 // their quantisation and the last panel that reads them.
-constexpr int64_t tokens_budget = int64_t{1} << 19;
+constexpr int64_t tokens_budget = int64_t{3} << 18;
 // Work below which another thread costs more than it brings, in multiply-adds and in elements to quantise.
 constexpr int64_t multiply_grain = int64_t{1} << 20;
 constexpr int64_t quantize_grain = int64_t{1} << 15;
@@ -100,7 +100,8 @@ class Call {
   void run() const {
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
-    const int64_t block = std::max(rows_per_task, tokens_budget / stride);
+    const int64_t most = std::max(rows_per_task, tokens_budget / stride);
+    const int64_t block = divide_up(x_.rows, divide_up(x_.rows, most));
     for (int64_t first = 0; first < x_.rows; first += block) {
       const Rows rows{first, std::min(block, x_.rows - first)};
       const Quantized quantized(rows.count, stride, sums_per_row_);
@@ -164,42 +165,59 @@ class Call {
       const int64_t first = task % ranges * range;
       const Rows part{rows.first + first, std::min(range, rows.count - first)};
       if (part.count <= 0) return;
-      int64_t panel = task / ranges, i = 0;
-      const int32_t* sums = from.sums;
-      for (; panel >= panels_of(layer(i)); ++i) {
-        panel -= panels_of(layer(i));
-        sums += rows.count * groups_of(layer(i));
-      }
-      multiply_panel(projections_[i], panel, part.first,
-                     {from.codes + first * from.stride, from.stride, from.scales + first,
-                      sums + first * groups_of(layer(i)), part.count});
+      const Place place = find_panel(task / ranges);
+      const Layer& layer = *place.projection->layer;
+      const int32_t* sums = from.sums + place.groups_before * rows.count + first * groups_of(layer);
+      // Threads take the tasks in turns, roughly.
+      const int64_t next = (task + team) / ranges;
+      const uint8_t* next_codes = next > task / ranges && next < panels_ ? find_panel(next).codes() : nullptr;
+      multiply_panel(place, next_codes, part.first,
+                     {from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count});
     });
   }
 
-  void multiply_panel(const Projection& projection, int64_t index, int64_t first_row, const Tokens& tokens) const {
+  // A panel, and where the sums of its projection begin.
+  struct Place {
+    const Projection* projection;
+    int64_t panel;
+    int64_t groups_before;
+
+    const uint8_t* codes() const {
+      const Layer& layer = *projection->layer;
+      return layer.codes + panel * divide_up(layer.in_features, quad) * 32 * layer.bits;
+    }
+  };
+
+  // Panels are counted through all projections.
+  Place find_panel(int64_t panel) const {
+    Place place{projections_, panel, 0};
+    for (; place.panel >= panels_of(*place.projection->layer); ++place.projection) {
+      place.panel -= panels_of(*place.projection->layer);
+      place.groups_before += groups_of(*place.projection->layer);
+    }
+    return place;
+  }
+
+  void multiply_panel(const Place& place, const uint8_t* next_codes, int64_t first_row, const Tokens& tokens) const {
     thread_local Buffer scratch;
+    const Projection& projection = *place.projection;
     const Layer& layer = *projection.layer;
-    const int64_t quads = divide_up(layer.in_features, quad);
-    const Panel panel{layer.codes + index * quads * 32 * layer.bits,
-                      steps_from(layer.steps, index * groups_of(layer) * panel_width),
+    const Panel panel{place.codes(),
+                      steps_from(layer.steps, place.panel * groups_of(layer) * panel_width),
                       layer.bits,
                       layer.group_size / quad,
-                      quads,
-                      groups_of(layer)};
-    const int64_t column = index * panel_width;
+                      divide_up(layer.in_features, quad),
+                      groups_of(layer),
+                      next_codes};
+    const int64_t column = place.panel * panel_width;
     const int64_t columns = std::min(panel_width, layer.out_features - column);
     alignas(64) float bias[panel_width];
     widen_bias(layer, column, columns, bias);
     const int64_t offset = (first_row * layer.out_features + column) * size_of(x_.dtype);
     const char* residual = static_cast<const char*>(projection.residual);
-    const Output output{static_cast<char*>(projection.y) + offset,
-                        x_.dtype,
-                        layer.out_features,
-                        columns,
-                        bias,
-                        residual == nullptr ? nullptr : residual + offset,
-                        layer.epilogue,
-                        gate_table(layer.epilogue)};
+    const Output output{
+        static_cast<char*>(projection.y) + offset,         x_.dtype,       layer.out_features,        columns, bias,
+        residual == nullptr ? nullptr : residual + offset, layer.epilogue, gate_table(layer.epilogue)};
     kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, tokens.rows)));
   }
 

@@ -1,10 +1,10 @@
 // AVX-512 with VNNI and VBMI: unsigned weight bytes times signed activations, 64 products per instruction.
 //
-// Many tokens: the panel is unpacked once, to bytes that stay in the second-level cache, and multiplied by tiles of 6
-// tokens x 32 output features whose integer and float accumulators both stay in registers. The unpacked byte is
+// Many tokens: blocks of the panel are unpacked to bytes that stay in the first-level cache, and multiplied by tiles of
+// 6 tokens x 32 output features whose integer and float accumulators both stay in registers. The unpacked byte is
 // code - zero + 128, so that the zero points cost nothing: 128 times the activations' sum is the same for every output
 // feature and is where the accumulators start. 8-bit codes with zero points of their own do not fit in a byte that way;
-// they stay as they are, and zero times the sum comes off at the end of a group.
+// they stay as they are, and zero times the sum is where their accumulators start.
 // Few tokens: codes are unpacked in registers, as they stream by.
 // Both ways compute the same integers and then the same float operations: a token's result is the same in any batch.
 #include <immintrin.h>
@@ -22,7 +22,7 @@ using Vec = __m512;
 using Index = __m512i;
 
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 12")
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 INLINE Vec broadcast(float v) { return _mm512_set1_ps(v); }
@@ -283,50 +283,68 @@ INLINE __m512i add_products(__m512i sum, __m512i weights, __m512i a) {
 
 // ---- few tokens -----------------------------------------------------------------------------------------------------
 
+// As many output features at once as the registers have room for, with an integer and a float sum for each.
+constexpr int tiles_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+constexpr int streamed_rows = 12;
+// Two passes still cost less than unpacking to memory; three do not.
+constexpr int most_streamed_rows = 16;
+
 template <int Bits, int Rows>
-void stream(const Panel& panel, const Tokens& tokens, const Output& output) {
-  constexpr int tiles = panel_width / tile_width;
+void stream(const Panel& panel, const Tokens& tokens, int64_t first_row, const Output& output) {
+  constexpr int tiles = tiles_at_once(Rows);
   const Unpacker<Bits> unpack;
-  __m512 total[Rows][tiles];
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tiles; ++t) total[r][t] = _mm512_setzero_ps();
-  }
-  const uint8_t* tile = panel.codes;
-  const int8_t* quads = tokens.codes;
-  for (int64_t group = 0; group < panel.groups; ++group) {
-    __m512i dot[Rows][tiles];
-    for (int t = 0; t < tiles; ++t) {
-      const __m512i zeros = load_zeros(panel, group, t * tile_width);
-      for (int r = 0; r < Rows; ++r) {
-        dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-tokens.sums[r * panel.groups + group]));
+  const int8_t* codes = tokens.codes + first_row * tokens.stride;
+  const int32_t* sums = tokens.sums + first_row * panel.groups;
+  for (int64_t column = 0; column < output.columns; column += tiles * tile_width) {
+    __m512 total[Rows][tiles];
+    UNROLL for (int r = 0; r < Rows; ++r) { UNROLL for (int t = 0; t < tiles; ++t) total[r][t] = _mm512_setzero_ps(); }
+    const uint8_t* tile = panel.codes + column / tile_width * 8 * Bits;
+    const int8_t* quads = codes;
+    for (int64_t group = 0; group < panel.groups; ++group) {
+      __m512i dot[Rows][tiles];
+      UNROLL for (int t = 0; t < tiles; ++t) {
+        const __m512i zeros = load_zeros(panel, group, column + t * tile_width);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-sums[r * panel.groups + group]));
+        }
+      }
+      for (int64_t n = panel.quads_in(group); n > 0; --n) {
+        __m512i weights[tiles];
+        UNROLL for (int t = 0; t < tiles; ++t) weights[t] = unpack(tile + t * 8 * Bits);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          const __m512i a = load_quad(quads + r * tokens.stride);
+          UNROLL for (int t = 0; t < tiles; ++t) dot[r][t] = add_products(dot[r][t], weights[t], a);
+        }
+        tile += panel_width / tile_width * 8 * Bits;
+        quads += quad;
+      }
+      UNROLL for (int t = 0; t < tiles; ++t) {
+        const __m512 scales = load_scales(panel, group, column + t * tile_width);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+        }
+        if (!panel.is_shifted()) continue;
+        const __m512 shifts = load_shifts(panel, group, column + t * tile_width);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          const float sum = static_cast<float>(sums[r * panel.groups + group]);
+          total[r][t] = multiply_add(broadcast(sum), shifts, total[r][t]);
+        }
       }
     }
-    for (int64_t n = panel.quads_in(group); n > 0; --n) {
-      __m512i weights[tiles];
-      for (int t = 0; t < tiles; ++t, tile += 8 * Bits) weights[t] = unpack(tile);
-      for (int r = 0; r < Rows; ++r) {
-        const __m512i a = load_quad(quads + r * tokens.stride);
-        for (int t = 0; t < tiles; ++t) dot[r][t] = add_products(dot[r][t], weights[t], a);
-      }
-      quads += quad;
+    alignas(64) float totals[Rows * tiles * tile_width];
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int t = 0; t < tiles; ++t) _mm512_store_ps(totals + (r * tiles + t) * tile_width, total[r][t]);
     }
-    for (int t = 0; t < tiles; ++t) {
-      const __m512 scales = load_scales(panel, group, t * tile_width);
-      for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
-      if (!panel.is_shifted()) continue;
-      const __m512 shifts = load_shifts(panel, group, t * tile_width);
-      for (int r = 0; r < Rows; ++r) {
-        const float sum = static_cast<float>(tokens.sums[r * panel.groups + group]);
-        total[r][t] = multiply_add(broadcast(sum), shifts, total[r][t]);
-      }
-    }
+    finish({totals, Rows, tiles * tile_width, first_row, column}, tokens, output);
   }
-  alignas(64) float totals[Rows * panel_width];
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tiles; ++t) _mm512_store_ps(totals + r * panel_width + t * tile_width, total[r][t]);
-  }
-  finish({totals, Rows, panel_width, 0, 0}, tokens, output);
 }
+
+using Stream = void (*)(const Panel&, const Tokens&, int64_t, const Output&);
+template <int Bits>
+constexpr Stream stream_of[streamed_rows + 1] = {nullptr,         stream<Bits, 1>, stream<Bits, 2>,  stream<Bits, 3>,
+                                                 stream<Bits, 4>, stream<Bits, 5>, stream<Bits, 6>,  stream<Bits, 7>,
+                                                 stream<Bits, 8>, stream<Bits, 9>, stream<Bits, 10>, stream<Bits, 11>,
+                                                 stream<Bits, 12>};
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
 
@@ -443,17 +461,14 @@ constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
-  switch (tokens.rows) {
-    case 1:
-      return stream<Bits, 1>(panel, tokens, output);
-    case 2:
-      return stream<Bits, 2>(panel, tokens, output);
-    case 3:
-      return stream<Bits, 3>(panel, tokens, output);
-    case 4:
-      return stream<Bits, 4>(panel, tokens, output);
-    default:
-      break;
+  if (tokens.rows <= most_streamed_rows) {
+    const int64_t parts = (tokens.rows + streamed_rows - 1) / streamed_rows;
+    for (int64_t part = 0, row = 0; part < parts; ++part) {
+      const int64_t rows = tokens.rows / parts + (part < tokens.rows % parts ? 1 : 0);
+      stream_of<Bits>[rows](panel, tokens, row, output);
+      row += rows;
+    }
+    return;
   }
   const Rest rest = rest_of(panel);
   const MultiplyTile* of_rows = rest == Rest::zeros    ? multiply_tile_of<Rest::zeros>
@@ -473,6 +488,7 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
 }  // namespace avx512vnni
 
 extern const Kernels avx512vnni_kernels;
-const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::sum_groups, avx512vnni::multiply, avx512vnni::scratch_bytes};
+const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::sum_groups, avx512vnni::multiply,
+                                    avx512vnni::scratch_bytes};
 
 }  // namespace fastembed::qmatmul

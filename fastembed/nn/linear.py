@@ -217,11 +217,16 @@ class QuantLinear(nn.Module):
     def _prepare(self) -> qmatmul.Layer:
         """The layer's tensors as the kernels want them, checked again only when they changed."""
         buffers = self._buffers
-        tensors: Any = (buffers["codes"], buffers["scales"], buffers["zeros"], buffers["bias"])
+        codes, scales, zeros, bias = buffers["codes"], buffers["scales"], buffers["zeros"], buffers["bias"]
         layer = self._layer
-        if layer is None or not layer.is_of(*tensors, self.epilogue):
+        assert codes is not None
+        assert scales is not None
+        if layer is None or not layer.is_of(codes, scales, zeros, bias, self.epilogue):
             layer = self._layer = qmatmul.prepare(
-                *tensors,
+                codes,
+                scales,
+                zeros,
+                bias,
                 bits=self.bits,
                 group_size=self._features_per_group,
                 in_features=self.in_features,

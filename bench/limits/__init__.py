@@ -11,9 +11,19 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).with_name("limits.cpp")
 # Limit -> unit of its rate (per second).
-UNITS = {"int8": "op", "float32": "op", "popcount": "bit", "read": "B", "bfloat16": "op"}
+UNITS = {
+    "int8": "op",
+    "float32": "op",
+    "popcount": "bit",
+    "read": "B",
+    "tensor read": "B",
+    "tensor write": "B",
+    "bfloat16": "op",
+}
 
 # Large enough that no last-level cache holds a useful part of it.
 READ_BYTES = 1 << 30
@@ -24,8 +34,10 @@ def measure(threads: int, device: str, quick: bool) -> dict[str, float]:
     """Rates per second that `threads` threads (or the GPU) reach together, by limit.
 
     "int8": multiplications and additions of 8-bit integers into 32-bit sums; "float32": of float32 numbers;
-    "popcount": bits compared by xor, population count and add, in registers; "read": bytes streamed from memory; and on
-    a GPU "bfloat16": multiplications and additions on tensor cores.
+    "popcount": bits compared by xor, population count and add, in registers; "read": bytes streamed from memory in huge
+    pages; "tensor read" and "tensor write": bytes streamed from and to memory as PyTorch allocates it, which is in 4 KB
+    pages on most machines, a tenth to a quarter slower to read; and on a GPU "bfloat16": multiplications and additions
+    on tensor cores.
     """
     return _measure_cuda(quick) if device == "cuda" else _measure_cpu(threads, quick)
 
@@ -38,12 +50,14 @@ def _measure_cpu(threads: int, quick: bool) -> dict[str, float]:
         for name in ("int8", "float32", "popcount")
     }
     size = QUICK_READ_BYTES if quick else READ_BYTES
-    return limits | {"read": library.limit_read(threads, size, repeats)}
+    limits["read"] = library.limit_read(threads, None, size, repeats)
+    tensor = torch.ones(size, dtype=torch.uint8)
+    limits["tensor read"] = library.limit_read(threads, tensor.data_ptr(), size, repeats)
+    limits["tensor write"] = library.limit_write(threads, tensor.data_ptr(), size, repeats)
+    return limits
 
 
 def _measure_cuda(quick: bool) -> dict[str, float]:
-    import torch
-
     n = 2048 if quick else 8192
     half = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
     single = half.float()
@@ -57,13 +71,13 @@ def _measure_cuda(quick: bool) -> dict[str, float]:
         "float32": (operations, lambda: single @ single),
         "bfloat16": (operations, lambda: half @ half),
         "read": (stream.nbytes, lambda: stream.max()),
+        "tensor read": (stream.nbytes, lambda: stream.max()),
+        "tensor write": (stream.nbytes, lambda: stream.fill_(1)),
     }
     return {name: amount / _best_cuda_seconds(call) for name, (amount, call) in calls.items()}
 
 
 def _best_cuda_seconds(call: Callable[[], object]) -> float:
-    import torch
-
     best = float("inf")
     for _ in range(10):
         torch.cuda.synchronize()
@@ -93,6 +107,7 @@ def _library() -> ctypes.CDLL:
     for name in ("int8", "float32", "popcount"):
         getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_double]
         getattr(library, f"limit_{name}").restype = ctypes.c_double
-    library.limit_read.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
-    library.limit_read.restype = ctypes.c_double
+    for name in ("read", "write"):
+        getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        getattr(library, f"limit_{name}").restype = ctypes.c_double
     return library

@@ -125,6 +125,67 @@ inline WordVector count_bits(WordVector words) {
 #endif
 }
 
+// The best rate over `repeats` passes at which each thread goes through its own part of `bytes` at `data`; without data,
+// of a buffer in huge pages. `pass(data, bytes)` touches all of it.
+template <class Pass>
+double stream_rate(int threads, char* data, size_t bytes, int repeats, const Pass& pass) {
+  constexpr size_t huge_page = 1 << 21, step = 1 << 18;
+  std::unique_ptr<char, decltype(&free)> own(nullptr, &free);
+  const size_t part = bytes / threads / step * step;
+  if (data == nullptr) {
+    const size_t size = (bytes + huge_page - 1) / huge_page * huge_page;
+    own.reset(static_cast<char*>(aligned_alloc(huge_page, size)));
+    if (!own) return 0;
+    data = own.get();
+#ifdef MADV_HUGEPAGE
+    madvise(data, size, MADV_HUGEPAGE);
+#endif
+    memset(data, 1, size);
+  }
+  return total_rate(threads, [&](int thread) {
+    double best = 0;
+    for (int i = 0; i < repeats; ++i) {
+      const double start = thread_seconds();
+      pass(data + part * thread, part);
+      best = std::max(best, part / (thread_seconds() - start));
+    }
+    return best;
+  });
+}
+
+// Reading several streams at once, `gap` bytes apart, each asked for `ahead` bytes before its use (0: not at all).
+template <int streams, size_t gap, size_t ahead>
+void read_pass(const char* data, size_t bytes) {
+  WordVector seen[streams] = {};
+  for (size_t block = 0; block < bytes; block += streams * gap)
+    for (size_t offset = 0; offset < gap; offset += vector_bytes)
+#pragma GCC unroll 8
+      for (int stream = 0; stream < streams; ++stream) {
+        const char* at = data + block + stream * gap + offset;
+        if (ahead > 0 && offset % 64 == 0) __builtin_prefetch(at + ahead, 0, 2);
+        seen[stream] |= *reinterpret_cast<const WordVector*>(at);
+      }
+  for (WordVector& words : seen) opaque(words);
+}
+
+inline void store_past_caches(WordVector* to, WordVector words) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)to, (__m512i)words);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)to, (__m256i)words);
+#else
+  *to = words;
+#endif
+}
+
+void write_pass(char* data, size_t bytes) {
+  WordVector ones = WordVector{} + 1;
+  for (size_t offset = 0; offset < bytes; offset += vector_bytes) {
+    opaque(ones);
+    store_past_caches(reinterpret_cast<WordVector*>(data + offset), ones);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -180,30 +241,18 @@ double limit_popcount(int threads, double seconds) {
   });
 }
 
-// Every thread reads its own part of one buffer of `bytes`, `repeats` times; the best pass of each counts.
-double limit_read(int threads, size_t bytes, int repeats) {
-  constexpr size_t streams = 8, step = streams * vector_bytes, huge_page = 1 << 21;
-  const size_t part = bytes / threads / step * step;
-  const size_t size = (part * threads + huge_page - 1) / huge_page * huge_page;
-  std::unique_ptr<char, decltype(&free)> buffer(static_cast<char*>(aligned_alloc(huge_page, size)), &free);
-  if (!buffer) return 0;
-#ifdef MADV_HUGEPAGE
-  madvise(buffer.get(), size, MADV_HUGEPAGE);
-#endif
-  memset(buffer.get(), 1, size);
-  return total_rate(threads, [&](int thread) {
-    const char* data = buffer.get() + part * thread;
-    WordVector seen[streams] = {};
-    double best = 0;
-    for (int pass = 0; pass < repeats; ++pass) {
-      const double start = thread_seconds();
-      for (size_t offset = 0; offset < part; offset += step)
-        for (size_t stream = 0; stream < streams; ++stream)
-          seen[stream] |= *reinterpret_cast<const WordVector*>(data + offset + stream * vector_bytes);
-      best = std::max(best, part / (thread_seconds() - start));
-    }
-    for (WordVector& words : seen) opaque(words);
-    return best;
-  });
+// The best of several ways to read: which one is, differs between processors and kinds of pages.
+double limit_read(int threads, char* data, size_t bytes, int repeats) {
+  const auto rate_of = [&](void (*pass)(const char*, size_t)) {
+    return stream_rate(threads, data, bytes, repeats, pass);
+  };
+  return std::max({rate_of(read_pass<8, vector_bytes, 0>), rate_of(read_pass<4, vector_bytes, 4096>),
+                   rate_of(read_pass<4, 1 << 16, 0>), rate_of(read_pass<8, 4096, 1 << 15>)});
+}
+
+double limit_write(int threads, char* data, size_t bytes, int repeats) {
+  return std::max(stream_rate(threads, data, bytes, repeats, write_pass),
+                  stream_rate(threads, data, bytes, repeats,
+                              [](char* part, size_t size) { memset(part, 1, size); }));
 }
 }

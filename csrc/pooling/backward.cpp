@@ -8,6 +8,10 @@
 #include "pooling/pooling.hpp"
 #include "pooling/token_plan.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastembed::pooling {
 namespace {
 
@@ -16,6 +20,19 @@ constexpr int64_t bytes_per_thread = 256 << 10;
 // Gradients larger than this would push everything else out of the last-level cache, and be gone from it themselves
 // before they are read.
 constexpr int64_t bytes_to_stream = 16 << 20;
+
+// Gradients are fresh memory, of which the kernel has to clear every page when it is first written to: asking for pages
+// of 2 MB makes that four times cheaper. Only a hint, and only where it is large enough to matter.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  constexpr int64_t enough = 8 << 20;
+  if (bytes < enough) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,7 +91,9 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
   }
   for (int64_t b = 0; b < batch.sequences; ++b) longest = std::max(longest, plan[b].length);
   const bool packed = batch.offsets != nullptr;
-  const int64_t bytes = (packed ? 1 : batch.sequences) * batch.tokens * all_sizes * size_of(dtype);
+  const int64_t rows_of_tokens = (packed ? 1 : batch.sequences) * batch.tokens;
+  const int64_t bytes = rows_of_tokens * all_sizes * size_of(dtype);
+  for (const ExitGradient& exit : exits) ask_for_huge_pages(exit.data, rows_of_tokens * exit.size * size_of(dtype));
   const int team = team_size(1 + bytes / bytes_per_thread, threads);
   const Kernels& kernels = active_kernels();
   const Call call = {exits, plan,  batch.sequences,         packed ? 0 : batch.tokens,

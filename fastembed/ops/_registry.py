@@ -19,6 +19,7 @@ _library = torch.library.Library("fastembed", "DEF")
 
 Implementation = Callable[..., Any]
 
+_NEVER_TENSORS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -124,6 +125,8 @@ def _tensors(args: Iterable[Any]) -> list[Any]:
     """The tensors among the arguments and in the lists among them."""
     found = []
     for arg in args:
+        if type(arg) in _NEVER_TENSORS:  # asking isinstance of each costs as much as a small kernel
+            continue
         if isinstance(arg, torch.Tensor):
             found.append(arg)
         elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):

@@ -203,6 +203,7 @@ def _with_codes_and_state(pool: Callable[..., list[Tensor]]) -> Callable[..., li
     return run
 
 
+_MODE_CODES = {mode: code for code, mode in enumerate(MODES)}  # Mode in csrc/pooling/pooling.hpp
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 
 _OUTPUT_CODES = {**_DTYPE_CODES, torch.int8: 3, torch.uint8: 4}  # OutputType in csrc/pooling/kernels.hpp
@@ -231,11 +232,12 @@ def _pool_exits_cpu(
     keep_state: bool,
 ) -> list[Tensor]:
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    pooled = winners = []
-    if keep_state:
-        shapes = [(call.sequences, max(exit_dims)) for exit_dims in dims]
-        pooled = [hidden_states[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
-        winners = [hidden_states[0].new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
+    if not keep_state:
+        core.pool_exits(*call.arguments, [], num_threads())
+        return call.outputs
+    shapes = [(call.sequences, max(exit_dims)) for exit_dims in dims]
+    pooled = [hidden_states[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+    winners = [hidden_states[0].new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
     core.pool_exits(*call.arguments, _states(pooled, winners), num_threads())
     return [*call.outputs, *pooled, *winners]
 
@@ -266,20 +268,18 @@ def _pool_exits_cuda(
     return call.outputs
 
 
-class _NativeBatch:
-    """The tokens of a batch as both compiled modules take them (csrc/pooling/arguments.hpp)."""
-
-    def __init__(self, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        self.mask = self.offsets = None
-        if cu_seqlens is not None:
-            self.offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
-        if attention_mask is not None:
-            if attention_mask.dtype not in _MASK_BITS:
-                attention_mask = attention_mask.to(torch.float32)
-            size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
-            row_stride, token_stride = (0, *attention_mask.stride())[-2:]
-            self.mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
-        self._alive = (attention_mask, cu_seqlens)
+def _native_batch(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Any, Any, Any]:
+    """Mask and offsets as both compiled modules take them (csrc/pooling/arguments.hpp), and what they point to."""
+    mask = offsets = None
+    if cu_seqlens is not None:
+        offsets = (cu_seqlens.data_ptr(), cu_seqlens.stride(0), cu_seqlens.dtype == torch.int64)
+    if attention_mask is not None:
+        if attention_mask.dtype not in _MASK_BITS:
+            attention_mask = attention_mask.to(torch.float32)
+        size, one, negative_zero = _MASK_BITS[attention_mask.dtype]
+        row_stride, token_stride = (0, *attention_mask.stride())[-2:]
+        mask = (attention_mask.data_ptr(), row_stride, token_stride, size, one, negative_zero)
+    return mask, offsets, (attention_mask, cu_seqlens)
 
 
 class _NativeCall:
@@ -299,29 +299,36 @@ class _NativeCall:
         out_dtype: torch.dtype,
     ) -> None:
         first = hidden_states[0]
-        packed = cu_seqlens is not None
-        self.sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.tokens = first.shape[-2]
-        batch = _NativeBatch(attention_mask, cu_seqlens)
-        readable = [_with_contiguous_features(hidden) for hidden in hidden_states]
-        self._alive = (readable, batch)
+        device, dtype = first.device, first.dtype
+        if cu_seqlens is None:
+            sequences, tokens, _ = first.shape
+        else:
+            sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
+        mask, offsets, companions = _native_batch(attention_mask, cu_seqlens)
+        self.sequences, self.tokens = sequences, tokens
+        self._alive: list[Any] = [companions]
         self.outputs: list[Tensor] = []
         exits = []
-        for hidden, exit_dims in zip(readable, dims, strict=True):
+        for hidden, exit_dims in zip(hidden_states, dims, strict=True):
+            if hidden.stride(-1) != 1 or hidden.is_neg():
+                hidden = hidden.resolve_neg().contiguous()
+            self._alive.append(hidden)
             prefixes = []
             for dim in exit_dims:
-                output = first.new_empty((self.sequences, _output_columns(dim, out_dtype)), dtype=out_dtype)
+                columns = (dim + 7) // 8 if out_dtype == torch.uint8 else dim
+                output = torch.empty((sequences, columns), dtype=out_dtype, device=device)
                 self.outputs.append(output)
                 prefixes.append((dim, output.data_ptr()))
-            exits.append((hidden.data_ptr(), 0 if packed else hidden.stride(0), hidden.stride(-2), prefixes))
+            strides = hidden.stride()
+            exits.append((hidden.data_ptr(), 0 if cu_seqlens is not None else strides[0], strides[-2], prefixes))
         self.arguments = (
             exits,
-            self.sequences,
-            self.tokens,
-            batch.mask,
-            batch.offsets,
-            MODES.index(mode),
-            _DTYPE_CODES[first.dtype],
+            sequences,
+            tokens,
+            mask,
+            offsets,
+            _MODE_CODES[mode],
+            _DTYPE_CODES[dtype],
             _OUTPUT_CODES[out_dtype],
             normalize,
         )
@@ -329,11 +336,6 @@ class _NativeCall:
 
 def _output_columns(dim: int, out_dtype: torch.dtype) -> int:
     return (dim + 7) // 8 if out_dtype == torch.uint8 else dim
-
-
-def _with_contiguous_features(hidden: Tensor) -> Tensor:
-    hidden = hidden.resolve_neg()
-    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
 
 
 def _backward_reference(
@@ -370,7 +372,7 @@ def _backward_cpu(
 ) -> list[Tensor]:
     exits = len(sizes)
     sequences = state[0].shape[0]
-    batch = _NativeBatch(attention_mask, cu_seqlens)
+    mask, offsets, _alive = _native_batch(attention_mask, cu_seqlens)
     grads = [grad.resolve_neg().contiguous() for grad in grads]
     results = _empty_gradients(state, cu_seqlens, tokens, sizes, dtype)
     prefixes = iter(zip(dims, [grad.data_ptr() for grad in grads], strict=True))
@@ -383,9 +385,9 @@ def _backward_cpu(
         gradients,
         sequences,
         tokens,
-        batch.mask,
-        batch.offsets,
-        MODES.index(mode),
+        mask,
+        offsets,
+        _MODE_CODES[mode],
         _DTYPE_CODES[dtype],
         _DTYPE_CODES[grads[0].dtype],
         normalize,

@@ -28,7 +28,7 @@ MOST_MEMORY = 1.05
 def cases() -> Iterator[Case]:
     if transformers is None:
         return
-    for batch, length in ((32, 128), (4, 512)):
+    for batch, length in ((16, 128), (2, 512)):
         yield Case(f"6 exits of 6 layers, {batch} x {length} x 384", _six_exits(batch, length))
         yield Case(f"stop after layer 3 of 6, {batch} x {length} x 384", _stop_early(batch, length))
 

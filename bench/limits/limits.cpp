@@ -125,8 +125,8 @@ inline WordVector count_bits(WordVector words) {
 #endif
 }
 
-// The best rate over `repeats` passes at which each thread goes through its own part of `bytes` at `data`; without data,
-// of a buffer in huge pages. `pass(data, bytes)` touches all of it.
+// The best rate over `repeats` passes at which each thread goes through its own part of `bytes` at `data`; without
+// data, of a buffer in huge pages. `pass(data, bytes)` touches all of it.
 template <class Pass>
 double stream_rate(int threads, char* data, size_t bytes, int repeats, const Pass& pass) {
   constexpr size_t huge_page = 1 << 21, step = 1 << 18;
@@ -252,7 +252,6 @@ double limit_read(int threads, char* data, size_t bytes, int repeats) {
 
 double limit_write(int threads, char* data, size_t bytes, int repeats) {
   return std::max(stream_rate(threads, data, bytes, repeats, write_pass),
-                  stream_rate(threads, data, bytes, repeats,
-                              [](char* part, size_t size) { memset(part, 1, size); }));
+                  stream_rate(threads, data, bytes, repeats, [](char* part, size_t size) { memset(part, 1, size); }));
 }
 }

@@ -86,7 +86,7 @@ class MultiExitEncoder(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         prompts: Mapping[str, str] = {}
-        if _is_sentence_transformer(model):
+        if is_sentence_transformer(model):
             from .integrations.exit_models import read_pipeline
 
             pipeline = read_pipeline(model)  # type: ignore[arg-type]
@@ -376,7 +376,7 @@ def _commutes(head: nn.Module, mode: str) -> bool:
     return mode in _AFFINE_MODES or (mode == "mean_sqrt_len" and head.bias is None)
 
 
-def _is_sentence_transformer(model: nn.Module) -> bool:
+def is_sentence_transformer(model: object) -> bool:
     if "sentence_transformers" not in sys.modules:  # then no model can be one of its
         return False
     from sentence_transformers import SentenceTransformer

@@ -112,6 +112,7 @@ class QLinear:
         bias: int,
         bias_dtype: int,
         epilogue: int,
+        activations: int,
     ) -> None: ...
     def __call__(self, x: int, dtype: int, rows: int, row_stride: int, residual: int, y: int, threads: int) -> None: ...
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastembed
 from fastembed._native import core
-from fastembed.ops.qmatmul import EPILOGUES, dequantize_weight, qlinear
+from fastembed.ops.qmatmul import ACTIVATIONS, EPILOGUES, dequantize_weight, qlinear
 from fastembed.reference import qmatmul as reference
 
 ALL_BITS = tuple(range(1, 9))
@@ -38,6 +38,7 @@ class Layer:
     group_size: int
     out_features: int
     epilogue: str | None = None
+    activations: str = "int8"
 
     def __call__(self, x: Tensor, **changes: object) -> Tensor:
         return qlinear(x, **{**self.__dict__, **changes})
@@ -57,6 +58,7 @@ def make_layer(
     scale_dtype: torch.dtype = torch.float16,
     bias: torch.dtype | None = torch.float32,
     epilogue: str | None = None,
+    activations: str = "int8",
     seed: int = 0,
 ) -> Layer:
     """Random codes over their whole range, so that every bit of every code matters."""
@@ -80,13 +82,16 @@ def make_layer(
         group_size,
         out_features,
         epilogue,
+        activations,
     )
 
 
 def oracle(layer: Layer, x: Tensor) -> Tensor:
-    """The definition in float64, from the very int8 activations."""
+    """The definition in float64, from the very int8 activations if that is what they are."""
     in_features = x.shape[-1]
-    activations, token_scales = reference.quantize_activations(x.reshape(-1, in_features))
+    rows = x.reshape(-1, in_features)
+    activations, token_scales = reference.quantize_activations(rows)
+    rows = activations.double() * token_scales.double() if layer.activations == "int8" else rows.double()
     weight = dequantize_weight(
         layer.codes,
         layer.scales,
@@ -96,7 +101,7 @@ def oracle(layer: Layer, x: Tensor) -> Tensor:
         out_features=layer.out_features,
         in_features=in_features,
     )
-    y = (activations.double() * token_scales.double()) @ weight.double().T
+    y = rows @ weight.double().T
     if layer.bias is not None:
         y = y + layer.bias.double()
     y = reference.apply_epilogue(y, layer.epilogue).reshape(*x.shape[:-1], layer.out_features)
@@ -143,6 +148,7 @@ def test_packed_layout_is_the_documented_one() -> None:
     dtype=st.sampled_from(DTYPES),
     bias=st.sampled_from((None, *DTYPES)),
     epilogue=st.sampled_from(EPILOGUES),
+    activations=st.sampled_from(ACTIVATIONS),
 )
 def test_close_to_the_definition(
     isa: str,
@@ -157,6 +163,7 @@ def test_close_to_the_definition(
     dtype: torch.dtype,
     bias: torch.dtype | None,
     epilogue: str | None,
+    activations: str,
 ) -> None:
     layer = make_layer(
         in_features,
@@ -168,6 +175,7 @@ def test_close_to_the_definition(
         scale_dtype=scale_dtype,
         bias=bias,
         epilogue=epilogue,
+        activations=activations,
     )
     x = random_x(rows, in_features, dtype=dtype)
     layer.residual = random_x(rows, out_features, dtype=dtype, seed=3) if residual else None
@@ -212,18 +220,27 @@ def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> Non
         assert torch.equal(layer(x), expected.expand(6, 64))
 
 
-@given(rows=st.integers(1, 40), bits=st.sampled_from(ALL_BITS), symmetric=st.booleans())
-def test_a_row_does_not_depend_on_its_batch(isa: str, rows: int, bits: int, symmetric: bool) -> None:
-    layer = make_layer(100, 70, bits, 32, symmetric=symmetric, epilogue="gelu")
-    x = random_x(rows, 100)
+@given(
+    rows=st.integers(1, 40),
+    in_features=st.sampled_from((100, 600)),
+    bits=st.sampled_from(ALL_BITS),
+    symmetric=st.booleans(),
+    activations=st.sampled_from(ACTIVATIONS),
+)
+def test_a_row_does_not_depend_on_its_batch(
+    isa: str, rows: int, in_features: int, bits: int, symmetric: bool, activations: str
+) -> None:
+    layer = make_layer(in_features, 70, bits, 32, symmetric=symmetric, epilogue="gelu", activations=activations)
+    x = random_x(rows, in_features)
     y = layer(x)
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(layer(x[row]), y[row])
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 3, 300])
-def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...], rows: int) -> None:
-    layer = make_layer(1024, 1100)
+def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...], rows: int, activations: str) -> None:
+    layer = make_layer(1024, 1100, activations=activations)
     x = random_x(rows, 1024)
     results = []
     for threads in thread_counts:
@@ -235,9 +252,18 @@ def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...],
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("zeros", ZEROS)
 @pytest.mark.parametrize("epilogue", ["gelu", "silu"])
-def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str) -> None:
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str, activations: str) -> None:
     """A state dict moved to another machine gives the same results there."""
-    layer = make_layer(200, 130, bits, symmetric=zeros == "none", fractional=zeros == "fractional", epilogue=epilogue)
+    layer = make_layer(
+        200,
+        130,
+        bits,
+        symmetric=zeros == "none",
+        fractional=zeros == "fractional",
+        epilogue=epilogue,
+        activations=activations,
+    )
     for rows in (9, 21):
         x = random_x(rows, 200)
         before = core.isa()
@@ -249,9 +275,10 @@ def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str) -
         assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_more_rows_than_one_block() -> None:
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_more_rows_than_one_block(activations: str) -> None:
     """Long inputs are quantised and multiplied block by block."""
-    layer = make_layer(4096, 64)
+    layer = make_layer(4096, 64, activations=activations)
     x = random_x(1200, 4096)
     y = layer(x)
     assert torch.equal(y[-1], layer(x[-1]))
@@ -270,6 +297,36 @@ def test_a_token_that_is_not_finite_spoils_only_itself(isa: str, dtype: torch.dt
         assert y[2].isnan().all()
         others = [0, 1, 3, 4, 5, 6]
         assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_pass_through_float_activations(isa: str, dtype: torch.dtype) -> None:
+    """As through nn.Linear: infinite, or NaN where infinities cancel, in their own token only."""
+    layer = make_layer(100, 70, activations="float")
+    x = random_x(7, 100, dtype=dtype)
+    expected = layer(x)
+    x[2, 41], x[4, 3] = float("inf"), float("nan")
+    y = layer(x)
+    with fastembed.use_backend("reference"):
+        theirs = layer(x)
+    torch.testing.assert_close(y[2], theirs[2], equal_nan=True)
+    assert not y[2].isfinite().any()
+    assert y[4].isnan().all()
+    others = [0, 1, 3, 5, 6]
+    assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_float_activations_see_the_very_weight(isa: str, bits: int, zeros: str) -> None:
+    """Rows of the identity pick out columns of the dequantised weight, exactly."""
+    layer = make_layer(
+        100, 70, bits, symmetric=zeros == "none", fractional=zeros == "fractional", bias=None, activations="float"
+    )
+    weight = dequantize_weight(
+        layer.codes, layer.scales, layer.zeros, bits=bits, group_size=64, out_features=70, in_features=100
+    )
+    assert torch.equal(layer(torch.eye(100)), weight.T)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
@@ -374,9 +431,10 @@ def test_opcheck(epilogue: str | None, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_input_and_bias(epilogue: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_gradients_of_input_and_bias(epilogue: str | None, dtype: torch.dtype, activations: str) -> None:
     """Straight through the rounding of the activations: the gradients of the float layer at our pre-activations."""
-    layer = make_layer(100, 70, epilogue=epilogue)
+    layer = make_layer(100, 70, epilogue=epilogue, activations=activations)
     layer.bias = layer.bias.to(dtype).requires_grad_()
     x = random_x(2, 3, 100, dtype=dtype).requires_grad_()
     upstream = random_x(2, 3, 70, dtype=dtype, seed=2)
@@ -405,8 +463,9 @@ def test_weights_have_no_gradient() -> None:
     assert layer.scales.grad is None
 
 
-def test_compiled_exported_and_in_inference_mode() -> None:
-    layer = make_layer(40, 70, epilogue="gelu")
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_compiled_exported_and_in_inference_mode(activations: str) -> None:
+    layer = make_layer(40, 70, epilogue="gelu", activations=activations)
 
     class Module(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -448,6 +507,7 @@ BAD_ARGUMENT = [
     ("group_size", lambda _: 0, ValueError, "group_size must be a positive multiple of 16"),
     ("out_features", lambda _: -1, ValueError, "codes must have shape"),
     ("epilogue", lambda _: "swish", ValueError, "epilogue must be one of"),
+    ("activations", lambda _: "int4", ValueError, "activations must be 'int8' or 'float'"),
 ]
 
 

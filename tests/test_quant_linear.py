@@ -123,6 +123,17 @@ def test_near_the_float_layer(isa: str, bits: int, allowed: float, symmetric: bo
     assert (layer.dequantize() - linear.weight).norm() <= allowed * linear.weight.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_activations_leave_only_the_error_of_the_weights(isa: str, dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_linear(make_linear(), activations="float")
+    x = torch.randn(9, 100, dtype=dtype)
+    expected = nn.functional.linear(x.float(), layer.dequantize(), layer.bias)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x).float(), expected, rtol=8 * rounding, atol=8 * rounding)
+    layer.activations = "int8"
+    assert not torch.equal(layer(x).float(), expected)
+
+
 def test_error_falls_with_every_bit() -> None:
     linear, x = make_linear(), torch.randn(40, 100)
     errors = [
@@ -392,7 +403,7 @@ def test_compile_and_export() -> None:
         ({"bits": 4.5}, "bits must be 1 to 8, got 4.5"),
         ({"group_size": 40}, "group_size must be a positive multiple of 16, got 40"),
         ({"group_size": -2}, "group_size must be a positive multiple of 16, got -2"),
-        ({"activations": "float"}, "activations must be 'int8', got 'float'"),
+        ({"activations": "int4"}, "activations must be 'int8' or 'float', got 'int4'"),
         ({"epilogue": "swish"}, "epilogue must be one of"),
     ],
 )

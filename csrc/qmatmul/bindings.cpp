@@ -19,7 +19,7 @@ T* pointer(uintptr_t address) {
 
 Layer make_layer(int64_t in_features, int64_t out_features, uintptr_t codes, uintptr_t scales, int scale_dtype,
                  uintptr_t zeros, int zero_kind, int bits, int64_t group_size, uintptr_t bias, int bias_dtype,
-                 int epilogue) {
+                 int epilogue, int activations) {
   return {pointer<const uint8_t>(codes),
           {pointer<const void>(scales), static_cast<DType>(scale_dtype), pointer<const void>(zeros),
            static_cast<qmatmul::Zeros>(zero_kind)},
@@ -29,7 +29,8 @@ Layer make_layer(int64_t in_features, int64_t out_features, uintptr_t codes, uin
           static_cast<DType>(bias_dtype),
           in_features,
           out_features,
-          static_cast<qmatmul::Epilogue>(epilogue)};
+          static_cast<qmatmul::Epilogue>(epilogue),
+          static_cast<qmatmul::Activations>(activations)};
 }
 
 void run_layer(const Layer& layer, uintptr_t x, int dtype, int64_t rows, int64_t row_stride, uintptr_t residual,

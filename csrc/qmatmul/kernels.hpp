@@ -15,6 +15,9 @@ constexpr int64_t quad = 4;  // input features per tile
 // Numbered as EPILOGUES in fastembed/ops/qmatmul.py.
 enum class Epilogue : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
 
+// Numbered as ACTIVATIONS in fastembed/ops/qmatmul.py.
+enum class Activations : int { int8 = 0, floats = 1 };
+
 // Numbered as fastembed/ops/qmatmul.py numbers them.
 enum class Zeros : int {
   midpoint = 0,    // none stored: 2^(bits - 1), and 1/2 for one bit
@@ -64,6 +67,13 @@ struct Tokens {
   int64_t rows;
 };
 
+// Activations in float32, [rows, stride], zero from in_features on to the end of the last quad.
+struct FloatTokens {
+  const float* values;
+  int64_t stride;
+  int64_t rows;
+};
+
 // Where the outputs of one panel go: [rows, row_stride], of which this panel fills `columns` columns.
 struct Output {
   void* data;
@@ -86,6 +96,12 @@ struct Kernels {
   // to 64.
   void (*multiply)(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch);
   int64_t (*scratch_bytes)(const Panel& panel, int64_t rows);
+
+  // The same in floats: the activations are widened, and the weights are what `dequantize_weight` says.
+  // One token to float32: [stride], zero from in_features on. The stride is a multiple of 16.
+  void (*widen)(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride);
+  void (*multiply_float)(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch);
+  int64_t (*float_scratch_bytes)(const Panel& panel, int64_t rows);
 };
 
 // Both GELUs are max(x, 0) - gate(|x|) with a gate that falls to zero, tabulated as polynomials of degree 4 on

@@ -84,6 +84,9 @@ void widen_bias(const Layer& layer, int64_t first, int64_t columns, float* bias)
 }
 
 int64_t groups_of(const Layer& layer) { return divide_up(layer.in_features, layer.group_size); }
+bool is_int8(const Layer& layer) { return layer.activations == Activations::int8; }
+// How many group sums of a token a layer needs.
+int64_t sums_of(const Layer& layer) { return is_int8(layer) ? groups_of(layer) : 0; }
 int64_t panels_of(const Layer& layer) { return divide_up(layer.out_features, panel_width); }
 
 // One call, seen as tasks: rows to quantise, then panels by row ranges to multiply.
@@ -93,20 +96,21 @@ class Call {
       : kernels_(kernels.active()), x_(x), projections_(projections), count_(count), threads_(threads) {
     for (int64_t i = 0; i < count; ++i) {
       panels_ += panels_of(layer(i));
-      sums_per_row_ += groups_of(layer(i));
+      sums_per_row_ += sums_of(layer(i));
+      (is_int8(layer(i)) ? any_int8_ : any_floats_) = true;
     }
   }
 
   void run() const {
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
-    const int64_t most = std::max(rows_per_task, tokens_budget / stride);
+    const int64_t most = std::max(rows_per_task, tokens_budget / (any_floats_ ? 4 * stride : stride));
     const int64_t block = divide_up(x_.rows, divide_up(x_.rows, most));
     for (int64_t first = 0; first < x_.rows; first += block) {
       const Rows rows{first, std::min(block, x_.rows - first)};
-      const Quantized quantized(rows.count, stride, sums_per_row_);
-      quantize(rows, quantized);
-      multiply(rows, quantized);
+      const Activated activated(*this, rows.count, stride);
+      activate(rows, activated);
+      multiply(rows, activated);
     }
   }
 
@@ -116,17 +120,21 @@ class Call {
     int64_t count;
   };
 
-  // Tokens in int8, in a buffer of the thread that calls.
-  struct Quantized {
-    int8_t* codes;
+  // Tokens as the kernels take them, in a buffer of the thread that calls.
+  struct Activated {
     int64_t stride;
+    float* values;
+    int8_t* codes;
     float* scales;
     int32_t* sums;  // of one projection after the other, [rows, groups] each
 
-    Quantized(int64_t rows, int64_t stride, int64_t sums_per_row) : stride(stride) {
+    Activated(const Call& call, int64_t rows, int64_t stride) : stride(stride) {
+      const int64_t floats = call.any_floats_ ? rows * stride : 0;
+      const int64_t bytes = call.any_int8_ ? rows * stride : 0;
       thread_local Buffer buffer;
-      codes = reinterpret_cast<int8_t*>(buffer.at_least(rows * (stride + 4 + 4 * sums_per_row)));
-      scales = reinterpret_cast<float*>(codes + rows * stride);
+      values = reinterpret_cast<float*>(buffer.at_least(4 * floats + bytes + 4 * rows * (1 + call.sums_per_row_)));
+      codes = reinterpret_cast<int8_t*>(values + floats);
+      scales = reinterpret_cast<float*>(codes + bytes);
       sums = reinterpret_cast<int32_t*>(scales + rows);
     }
   };
@@ -134,28 +142,31 @@ class Call {
   const Layer& layer(int64_t i) const { return *projections_[i].layer; }
   int64_t in_features() const { return layer(0).in_features; }
 
-  void quantize(const Rows& rows, const Quantized& to) const {
+  void activate(const Rows& rows, const Activated& to) const {
     const int team = useful_threads(rows.count * in_features(), quantize_grain, threads_);
     const int64_t chunk = divide_up(rows.count, team * tasks_per_thread);
     parallel_for(divide_up(rows.count, chunk), team, [&](int64_t task) {
       const int64_t end = std::min(rows.count, (task + 1) * chunk);
-      for (int64_t row = task * chunk; row < end; ++row) quantize_row(rows, row, to);
+      for (int64_t row = task * chunk; row < end; ++row) {
+        const char* x = element(x_.data, x_.dtype, (rows.first + row) * x_.stride);
+        if (any_floats_) kernels_.widen(x, x_.dtype, in_features(), to.values + row * to.stride, to.stride);
+        if (any_int8_) quantize(x, rows.count, row, to);
+      }
     });
   }
 
-  void quantize_row(const Rows& rows, int64_t row, const Quantized& to) const {
+  void quantize(const char* x, int64_t rows, int64_t row, const Activated& to) const {
     int8_t* codes = to.codes + row * to.stride;
-    kernels_.quantize(element(x_.data, x_.dtype, (rows.first + row) * x_.stride), x_.dtype, in_features(), codes,
-                      to.stride, to.scales + row);
+    kernels_.quantize(x, x_.dtype, in_features(), codes, to.stride, to.scales + row);
     int32_t* sums = to.sums;
     for (int64_t i = 0; i < count_; ++i) {
-      const int64_t groups = groups_of(layer(i));
-      kernels_.sum_groups(codes, in_features(), layer(i).group_size, sums + row * groups);
-      sums += rows.count * groups;
+      const int64_t groups = sums_of(layer(i));
+      if (groups > 0) kernels_.sum_groups(codes, in_features(), layer(i).group_size, sums + row * groups);
+      sums += rows * groups;
     }
   }
 
-  void multiply(const Rows& rows, const Quantized& from) const {
+  void multiply(const Rows& rows, const Activated& from) const {
     const int64_t work = rows.count * in_features() * panels_ * panel_width;
     const int team = useful_threads(work, multiply_grain, threads_);
     const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
@@ -166,13 +177,10 @@ class Call {
       const Rows part{rows.first + first, std::min(range, rows.count - first)};
       if (part.count <= 0) return;
       const Place place = find_panel(task / ranges);
-      const Layer& layer = *place.projection->layer;
-      const int32_t* sums = from.sums + place.groups_before * rows.count + first * groups_of(layer);
       // Threads take the tasks in turns, roughly.
       const int64_t next = (task + team) / ranges;
       const uint8_t* next_codes = next > task / ranges && next < panels_ ? find_panel(next).codes() : nullptr;
-      multiply_panel(place, next_codes, part.first,
-                     {from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count});
+      multiply_panel(place, next_codes, part, first, from, rows.count);
     });
   }
 
@@ -180,7 +188,7 @@ class Call {
   struct Place {
     const Projection* projection;
     int64_t panel;
-    int64_t groups_before;
+    int64_t sums_before;
 
     const uint8_t* codes() const {
       const Layer& layer = *projection->layer;
@@ -193,12 +201,14 @@ class Call {
     Place place{projections_, panel, 0};
     for (; place.panel >= panels_of(*place.projection->layer); ++place.projection) {
       place.panel -= panels_of(*place.projection->layer);
-      place.groups_before += groups_of(*place.projection->layer);
+      place.sums_before += sums_of(*place.projection->layer);
     }
     return place;
   }
 
-  void multiply_panel(const Place& place, const uint8_t* next_codes, int64_t first_row, const Tokens& tokens) const {
+  // `part` of the rows of a block, from its row `first` on.
+  void multiply_panel(const Place& place, const uint8_t* next_codes, const Rows& part, int64_t first,
+                      const Activated& from, int64_t block_rows) const {
     thread_local Buffer scratch;
     const Projection& projection = *place.projection;
     const Layer& layer = *projection.layer;
@@ -213,12 +223,19 @@ class Call {
     const int64_t columns = std::min(panel_width, layer.out_features - column);
     alignas(64) float bias[panel_width];
     widen_bias(layer, column, columns, bias);
-    const int64_t offset = (first_row * layer.out_features + column) * size_of(x_.dtype);
+    const int64_t offset = (part.first * layer.out_features + column) * size_of(x_.dtype);
     const char* residual = static_cast<const char*>(projection.residual);
     const Output output{
         static_cast<char*>(projection.y) + offset,         x_.dtype,       layer.out_features,        columns, bias,
         residual == nullptr ? nullptr : residual + offset, layer.epilogue, gate_table(layer.epilogue)};
-    kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, tokens.rows)));
+    if (is_int8(layer)) {
+      const int32_t* sums = from.sums + place.sums_before * block_rows + first * groups_of(layer);
+      const Tokens tokens{from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count};
+      kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, part.count)));
+    } else {
+      const FloatTokens tokens{from.values + first * from.stride, from.stride, part.count};
+      kernels_.multiply_float(panel, tokens, output, scratch.at_least(kernels_.float_scratch_bytes(panel, part.count)));
+    }
   }
 
   const Kernels& kernels_;
@@ -228,6 +245,8 @@ class Call {
   const int threads_;
   int64_t panels_ = 0;
   int64_t sums_per_row_ = 0;
+  bool any_int8_ = false;
+  bool any_floats_ = false;
 };
 
 }  // namespace

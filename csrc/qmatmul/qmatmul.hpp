@@ -19,6 +19,7 @@ struct Layer {
   int64_t in_features;
   int64_t out_features;
   Epilogue epilogue;
+  Activations activations;
 };
 
 // Rows of in_features elements, each `stride` elements after the one before.
@@ -37,7 +38,8 @@ struct Projection {
   void* y;
 };
 
-// All projections of one input, which is quantised once. Their layers have the same in_features.
+// All projections of one input, which is quantised once (and widened once, for layers that compute in floats). Their
+// layers have the same in_features.
 void qlinear(const Input& x, const Projection* projections, int64_t count, int threads);
 
 }  // namespace fastembed::qmatmul

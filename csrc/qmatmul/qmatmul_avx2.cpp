@@ -1,6 +1,7 @@
-// AVX2: the panel is unpacked once to bytes and multiplied by tiles of 4 tokens x 16 output features. vpmaddubsw adds
-// two products of an unsigned and a signed byte in 16 bits, saturating, so the unsigned ones must stay within 128:
-//   up to 7 bits   code times activation: at most 2 * 127 * 127;
+// AVX2: blocks of the panel are unpacked to bytes and multiplied by tiles of 4 tokens x 16 output features. vpmaddubsw
+// adds two products of an unsigned and a signed byte in 16 bits, saturating, so the unsigned ones must stay small:
+//   up to 7 bits   code times activation: at most 2 * 127 * 127; the fewer the bits, the more such sums still fit in 16
+//                  bits together, and only then are they widened;
 //   8 bits         |code - 128| times the activation with the sign of code - 128: at most 2 * 128 * 127.
 // Zero points (less 128 for 8 bits) times the activations' sum is where the accumulators start.
 #include <immintrin.h>
@@ -145,9 +146,7 @@ void sum_groups(const int8_t* codes, int64_t in_features, int64_t group_size, in
   }
 }
 
-// ---- codes ----------------------------------------------------------------------------------------------------------
-
-#include "qmatmul/unpacked.inl"
+// ---- outputs --------------------------------------------------------------------------------------------------------
 
 INLINE __m256 load8(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::f32) return load8(static_cast<const float*>(data) + index);
@@ -155,72 +154,157 @@ INLINE __m256 load8(const void* data, DType dtype, int64_t index) {
   return load8(static_cast<const BFloat16*>(data) + index);
 }
 
-INLINE void unpack_groups(const Panel& panel, const Unpacked& to) {
-  const Steps& steps = panel.steps;
-  const int wide = panel.bits == 8 ? 128 : 0;
-  const __m256 midpoint = broadcast(static_cast<float>(panel.midpoint()));
-  for (int64_t i = 0; i < panel.groups * panel_width; i += lanes) {
-    const __m256 scales = load8(steps.scales, steps.dtype, i);
-    _mm256_store_ps(to.scales + i, scales);
-    __m256i zeros = _mm256_set1_epi32(panel.midpoint());
-    if (steps.kind == Zeros::codes) {
-      const uint8_t* codes = static_cast<const uint8_t*>(steps.zeros) + i;
-      zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+// The sums of some tokens: [rows, width], for output features from `column` of the panel on, tokens from `row` on.
+// Their scales go with them, one per token.
+struct Sums {
+  const float* data;
+  int64_t rows;
+  int64_t width;
+  int64_t row;
+  int64_t column;
+};
+
+template <Epilogue epilogue, class T>
+void finish_as(const Sums& sums, const float* scales, const Output& output) {
+  for (int64_t i = 0; i < sums.width; i += lanes) {
+    const int64_t column = sums.column + i, count = output.columns - column;
+    const __m256 bias = _mm256_load_ps(output.bias + column);
+    for (int64_t r = 0; r < sums.rows; ++r) {
+      const int64_t index = (sums.row + r) * output.row_stride + column;
+      __m256 y = multiply_add(_mm256_load_ps(sums.data + r * sums.width + i), broadcast(scales[r]), bias);
+      y = apply_epilogue<epilogue>(y, output.gate);
+      if (output.residual != nullptr)
+        y = _mm256_add_ps(y, load8(static_cast<const T*>(output.residual) + index, count));
+      store8(static_cast<T*>(output.data) + index, count, y);
     }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to.zeros + i), _mm256_sub_epi32(zeros, _mm256_set1_epi32(wide)));
-    const bool fractional = steps.kind == Zeros::fractional;
-    const __m256 own = fractional ? load8(steps.zeros, steps.dtype, i) : broadcast(0.5f);
-    _mm256_store_ps(to.shifts + i, mul(scales, sub(midpoint, own)));
   }
 }
 
-INLINE void store_bytes(uint8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); }
+template <Epilogue epilogue>
+void finish_with(const Sums& sums, const float* scales, const Output& output) {
+  if (output.dtype == DType::f32) return finish_as<epilogue, float>(sums, scales, output);
+  if (output.dtype == DType::f16) return finish_as<epilogue, Float16>(sums, scales, output);
+  return finish_as<epilogue, BFloat16>(sums, scales, output);
+}
 
-// 8-bit codes less 128, as signed bytes.
-void unpack_bytes(const Panel& panel, const Unpacked& to) {
-  for (int64_t i = 0; i < panel.quads * quad * panel_width; i += 32) {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel.codes + i));
-    store_bytes(to.bytes + i, _mm256_xor_si256(codes, _mm256_set1_epi8(-128)));
+void finish(const Sums& sums, const float* scales, const Output& output) {
+  switch (output.epilogue) {
+    case Epilogue::none:
+      return finish_with<Epilogue::none>(sums, scales, output);
+    case Epilogue::relu:
+      return finish_with<Epilogue::relu>(sums, scales, output);
+    case Epilogue::silu:
+      return finish_with<Epilogue::silu>(sums, scales, output);
+    default:
+      return finish_with<Epilogue::gelu>(sums, scales, output);
   }
 }
 
-void unpack_nibbles(const Panel& panel, const Unpacked& to) {
-  for (int64_t i = 0; i < panel.quads * quad * panel_width; i += 32) {
-    const __m256i pairs = _mm256_cvtepu8_epi16(load_halves(panel.codes + i / 2));
-    const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
-    store_bytes(to.bytes + i, _mm256_and_si256(both, _mm256_set1_epi8(15)));
-  }
-}
-
-// Eight codes of `bits` bits to eight bytes, by halving the fields three times; four words at once.
-void unpack_words(const Panel& panel, const Unpacked& to) {
-  const int bits = panel.bits;
-  const uint64_t fields = (uint64_t{1} << bits) - 1;
-  const uint64_t pairs = fields | fields << bits;
-  const uint64_t low[] = {pairs | pairs << 2 * bits, pairs * 0x0000000100000001, fields * 0x0001000100010001};
-  const uint8_t* from = panel.codes;
-  const uint8_t* end = from + panel.quads * 32 * bits;
-  for (int64_t i = 0; i < panel.quads * quad * panel_width; i += 32) {
-    uint64_t words[4] = {};
-    for (uint64_t& word : words) {
-      __builtin_memcpy(&word, from, end - from < 8 ? static_cast<size_t>(bits) : sizeof word);
-      from += bits;
-    }
-    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    for (int step = 0, width = 32; step < 3; ++step, width /= 2) {
-      const __m256i mask = _mm256_set1_epi64x(static_cast<int64_t>(low[step]));
-      const __m256i moved = _mm256_sll_epi64(v, _mm_cvtsi32_si128((8 - bits) * width / 8));
-      const __m256i high = _mm256_sll_epi64(mask, _mm_cvtsi32_si128(width));
-      v = _mm256_or_si256(_mm256_and_si256(v, mask), _mm256_and_si256(moved, high));
-    }
-    store_bytes(to.bytes + i, v);
-  }
-}
-
-// ---- product --------------------------------------------------------------------------------------------------------
+// ---- codes ----------------------------------------------------------------------------------------------------------
 
 constexpr int tile_rows = 4;
 constexpr int tile_vectors = 2;  // of 8 output features
+constexpr int64_t block_columns = tile_vectors * lanes;
+static_assert(block_columns == tile_width, "a block's tiles follow each other at the stride of a panel's quads");
+
+#include "qmatmul/blocked.inl"
+
+INLINE __m256 load_scales(const Panel& panel, int64_t group, int64_t column) {
+  return load8(panel.steps.scales, panel.steps.dtype, group * panel_width + column);
+}
+
+// The integers that come off the codes.
+INLINE __m256i load_zeros(const Panel& panel, int64_t group, int64_t column) {
+  if (panel.steps.kind != Zeros::codes) return _mm256_set1_epi32(panel.midpoint());
+  const uint8_t* zeros = static_cast<const uint8_t*>(panel.steps.zeros) + group * panel_width + column;
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+}
+
+// The whole zero points.
+INLINE __m256 load_zero_points(const Panel& panel, int64_t group, int64_t column) {
+  if (panel.steps.kind == Zeros::fractional) {
+    return load8(panel.steps.zeros, panel.steps.dtype, group * panel_width + column);
+  }
+  return panel.is_shifted() ? broadcast(0.5f) : widen(load_zeros(panel, group, column));
+}
+
+// Eight codes of some bits to eight bytes, by halving the fields three times; four words at once.
+class Unpacker {
+ public:
+  explicit INLINE Unpacker(const Panel& panel) : bits_(panel.bits), end_(panel.codes + panel.quads * 32 * bits_) {
+    const uint64_t fields = (uint64_t{1} << bits_) - 1;
+    const uint64_t pairs = fields | fields << bits_;
+    const uint64_t low[] = {pairs | pairs << 2 * bits_, pairs * 0x0000000100000001, fields * 0x0001000100010001};
+    for (int step = 0, width = 32; step < 3; ++step, width /= 2) {
+      low_[step] = _mm256_set1_epi64x(static_cast<int64_t>(low[step]));
+      high_[step] = _mm256_sll_epi64(low_[step], _mm_cvtsi32_si128(width));
+      moves_[step] = _mm_cvtsi32_si128((8 - bits_) * width / 8);
+    }
+  }
+
+  // 8 output features by 4 input features from 4 words on.
+  INLINE __m256i operator()(const uint8_t* from) const {
+    if (bits_ == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if (bits_ == 4) {
+      const __m256i pairs = _mm256_cvtepu8_epi16(load_halves(from));
+      const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+      return _mm256_and_si256(both, _mm256_set1_epi8(15));
+    }
+    uint64_t words[4] = {};
+    for (uint64_t& word : words) {
+      __builtin_memcpy(&word, from, end_ - from < 8 ? static_cast<size_t>(bits_) : sizeof word);
+      from += bits_;
+    }
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    for (int step = 0; step < 3; ++step) {
+      const __m256i moved = _mm256_sll_epi64(v, moves_[step]);
+      v = _mm256_or_si256(_mm256_and_si256(v, low_[step]), _mm256_and_si256(moved, high_[step]));
+    }
+    return v;
+  }
+
+ private:
+  int bits_;
+  const uint8_t* end_;
+  __m256i low_[3], high_[3];
+  __m128i moves_[3];
+};
+
+INLINE void store_bytes(uint8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); }
+
+void unpack_groups(const Panel& panel, const Block& block) {
+  const bool wide = panel.bits == 8;
+  for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
+    const int64_t group = block.first_quad / panel.group_quads + i;
+    for (int64_t t = 0; t < block_columns; t += lanes) {
+      const int64_t at = i * block_columns + t;
+      const __m256 scales = load_scales(panel, group, block.column + t);
+      const __m256i zeros = load_zeros(panel, group, block.column + t);
+      _mm256_store_ps(block.scales + at, scales);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(block.zeros + at),
+                         _mm256_sub_epi32(zeros, _mm256_set1_epi32(wide ? 128 : 0)));
+      const __m256 midpoint = broadcast(static_cast<float>(panel.midpoint()));
+      const __m256 rest = sub(midpoint, load_zero_points(panel, group, block.column + t));
+      _mm256_store_ps(block.shifts + at, mul(scales, rest));
+    }
+  }
+}
+
+void unpack_block(const Panel& panel, const Block& block) {
+  const Unpacker unpack(panel);
+  const int64_t step = 8 * panel.bits;  // bytes of a tile
+  // 8-bit codes less 128, as signed bytes.
+  const __m256i flip = _mm256_set1_epi8(panel.bits == 8 ? -128 : 0);
+  const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * step;
+  uint8_t* bytes = static_cast<uint8_t*>(block.weights);
+  for (int64_t n = block.quads; n > 0; --n, tile += 4 * step, bytes += quad * block_columns) {
+    store_bytes(bytes, _mm256_xor_si256(unpack(tile), flip));
+    store_bytes(bytes + 32, _mm256_xor_si256(unpack(tile + step / 2), flip));
+  }
+  unpack_groups(panel, block);
+}
+
+// ---- product --------------------------------------------------------------------------------------------------------
 
 INLINE __m256i load_quad(const int8_t* codes) {
   int32_t value;
@@ -231,98 +315,166 @@ INLINE __m256i load_quad(const int8_t* codes) {
 INLINE __m256i load_ints(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
 template <bool Wide>
-INLINE __m256i dot_quads(__m256i sum, __m256i weights, __m256i a) {
-  const __m256i pairs = Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(a, weights))
-                             : _mm256_maddubs_epi16(weights, a);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+INLINE __m256i pair_products(__m256i weights, __m256i a) {
+  return Wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(a, weights))
+              : _mm256_maddubs_epi16(weights, a);
 }
 
-template <class T>
-INLINE void finish(__m256 total, const Tokens& tokens, int64_t row, int64_t column, const Output& output) {
-  __m256 y = multiply_add(total, broadcast(tokens.scales[row]), _mm256_load_ps(output.bias + column));
-  const int64_t index = row * output.row_stride + column;
-  const int64_t count = output.columns - column;
-  y = apply_epilogue(y, output);
-  if (output.residual != nullptr) y = _mm256_add_ps(y, load8(static_cast<const T*>(output.residual) + index, count));
-  store8(static_cast<T*>(output.data) + index, count, y);
-}
+// How many sums of two products fit in 16 bits together.
+constexpr int quads_at_once(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 
-template <int Rows, bool Wide>
-void multiply_tile(const Panel& panel, const Unpacked& weights, const Tokens& tokens, int64_t row, int64_t first_column,
-                   const Output& output) {
+template <int Rows, int Quads, bool Wide>
+void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
   __m256 total[Rows][tile_vectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm256_setzero_ps();
+    for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm256_load_ps(totals + r * block_columns + t * lanes);
   }
-  const uint8_t* bytes = weights.bytes + first_column * quad;
-  const int8_t* quads = tokens.codes + row * tokens.stride;
-  for (int64_t group = 0; group < panel.groups; ++group) {
-    const int64_t column = group * panel_width + first_column;
+  const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
+  const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
+  const int64_t first_group = block.first_quad / panel.group_quads;
+  const int32_t* sums = tokens.sums + row * panel.groups + first_group;
+  for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
+    const int64_t at = group * block_columns;
     __m256i dot[Rows][tile_vectors];
     for (int r = 0; r < Rows; ++r) {
-      const __m256i sum = _mm256_set1_epi32(-tokens.sums[(row + r) * panel.groups + group]);
+      const __m256i sum = _mm256_set1_epi32(-sums[r * panel.groups + group]);
       for (int t = 0; t < tile_vectors; ++t) {
-        dot[r][t] = _mm256_mullo_epi32(sum, load_ints(weights.zeros + column + t * lanes));
+        dot[r][t] = _mm256_mullo_epi32(sum, load_ints(block.zeros + at + t * lanes));
       }
     }
-    for (int64_t n = panel.quads_in(group); n > 0; --n) {
+    for (int64_t left = panel.quads_in(first_group + group); left > 0; left -= Quads) {
+      const int count = left < Quads ? static_cast<int>(left) : Quads;
+      __m256i pairs[Rows][tile_vectors];
       for (int r = 0; r < Rows; ++r) {
         const __m256i a = load_quad(quads + r * tokens.stride);
-        for (int t = 0; t < tile_vectors; ++t) {
-          dot[r][t] = dot_quads<Wide>(dot[r][t], load_ints(bytes + t * 32), a);
+        for (int t = 0; t < tile_vectors; ++t) pairs[r][t] = pair_products<Wide>(load_ints(bytes + t * 32), a);
+      }
+      for (int q = 1; q < count; ++q) {
+        for (int r = 0; r < Rows; ++r) {
+          const __m256i a = load_quad(quads + r * tokens.stride + q * quad);
+          for (int t = 0; t < tile_vectors; ++t) {
+            const __m256i more = pair_products<Wide>(load_ints(bytes + q * quad * block_columns + t * 32), a);
+            pairs[r][t] = _mm256_add_epi16(pairs[r][t], more);
+          }
         }
       }
-      bytes += quad * panel_width;
-      quads += quad;
+      for (int r = 0; r < Rows; ++r) {
+        for (int t = 0; t < tile_vectors; ++t) {
+          dot[r][t] = _mm256_add_epi32(dot[r][t], _mm256_madd_epi16(pairs[r][t], _mm256_set1_epi16(1)));
+        }
+      }
+      bytes += count * quad * block_columns;
+      quads += count * quad;
     }
     for (int t = 0; t < tile_vectors; ++t) {
-      const __m256 scales = _mm256_load_ps(weights.scales + column + t * lanes);
+      const __m256 scales = _mm256_load_ps(block.scales + at + t * lanes);
       for (int r = 0; r < Rows; ++r) total[r][t] = multiply_add(_mm256_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
       if (!panel.is_shifted()) continue;
-      const __m256 shifts = _mm256_load_ps(weights.shifts + column + t * lanes);
+      const __m256 shifts = _mm256_load_ps(block.shifts + at + t * lanes);
       for (int r = 0; r < Rows; ++r) {
-        const float sum = static_cast<float>(tokens.sums[(row + r) * panel.groups + group]);
+        const float sum = static_cast<float>(sums[r * panel.groups + group]);
         total[r][t] = multiply_add(broadcast(sum), shifts, total[r][t]);
       }
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_vectors; ++t) {
-      const int64_t column = first_column + t * lanes;
-      if (output.dtype == DType::f32) {
-        finish<float>(total[r][t], tokens, row + r, column, output);
-      } else if (output.dtype == DType::bf16) {
-        finish<BFloat16>(total[r][t], tokens, row + r, column, output);
-      } else {
-        finish<Float16>(total[r][t], tokens, row + r, column, output);
-      }
-    }
+    for (int t = 0; t < tile_vectors; ++t) _mm256_store_ps(totals + r * block_columns + t * lanes, total[r][t]);
   }
 }
 
-using MultiplyTile = void (*)(const Panel&, const Unpacked&, const Tokens&, int64_t, int64_t, const Output&);
-template <bool Wide>
-constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr, multiply_tile<1, Wide>, multiply_tile<2, Wide>,
-                                                          multiply_tile<3, Wide>, multiply_tile<4, Wide>};
+template <int Quads, bool Wide>
+constexpr MultiplyTile<Tokens> multiply_tile_of[tile_rows + 1] = {
+    nullptr, multiply_tile<1, Quads, Wide>, multiply_tile<2, Quads, Wide>, multiply_tile<3, Quads, Wide>,
+    multiply_tile<4, Quads, Wide>};
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
-  const Unpacked weights(panel, scratch);
-  unpack_groups(panel, weights);
-  const bool wide = panel.bits == 8;
-  (wide ? unpack_bytes : panel.bits == 4 ? unpack_nibbles : unpack_words)(panel, weights);
-  const MultiplyTile* of_rows = wide ? multiply_tile_of<true> : multiply_tile_of<false>;
-  for (int64_t row = 0; row < tokens.rows; row += tile_rows) {
-    const int64_t rows = tokens.rows - row < tile_rows ? tokens.rows - row : tile_rows;
-    for (int64_t column = 0; column < output.columns; column += tile_vectors * lanes) {
-      of_rows[rows](panel, weights, tokens, row, column, output);
+  constexpr const MultiplyTile<Tokens>* of_bits[] = {nullptr,
+                                                     multiply_tile_of<quads_at_once(1), false>,
+                                                     multiply_tile_of<quads_at_once(2), false>,
+                                                     multiply_tile_of<quads_at_once(3), false>,
+                                                     multiply_tile_of<quads_at_once(4), false>,
+                                                     multiply_tile_of<quads_at_once(5), false>,
+                                                     multiply_tile_of<quads_at_once(6), false>,
+                                                     multiply_tile_of<quads_at_once(7), false>,
+                                                     multiply_tile_of<quads_at_once(8), true>};
+  multiply_blocks(panel, tokens, output, scratch, cut_int8(panel), unpack_block, of_bits[panel.bits]);
+}
+
+int64_t scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_int8(panel)); }
+
+// ---- in floats ------------------------------------------------------------------------------------------------------
+
+template <class T>
+void widen_as(const T* x, int64_t in_features, float* values, int64_t stride) {
+  int64_t k = 0;
+  for (; k < in_features; k += lanes) _mm256_store_ps(values + k, load8(x + k, in_features - k));
+  for (; k < stride; k += lanes) _mm256_store_ps(values + k, _mm256_setzero_ps());
+}
+
+void widen(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride) {
+  if (dtype == DType::f32) return widen_as(static_cast<const float*>(x), in_features, values, stride);
+  if (dtype == DType::f16) return widen_as(static_cast<const Float16*>(x), in_features, values, stride);
+  widen_as(static_cast<const BFloat16*>(x), in_features, values, stride);
+}
+
+void unpack_floats(const Panel& panel, const Block& block) {
+  const Unpacker unpack(panel);
+  const int64_t step = 8 * panel.bits;
+  const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * step;
+  float* to = static_cast<float*>(block.weights);
+  for (int64_t q = block.first_quad; q < block.first_quad + block.quads; ++q) {
+    const int64_t group = q / panel.group_quads;
+    for (int64_t t = 0; t < tile_vectors; ++t) {
+      const __m256 scales = load_scales(panel, group, block.column + t * lanes);
+      const __m256 zeros = load_zero_points(panel, group, block.column + t * lanes);
+      const __m256i codes = unpack(tile + t * step / 2);
+      for (int k = 0; k < quad; ++k) {
+        const __m256i code = _mm256_and_si256(_mm256_srli_epi32(codes, 8 * k), _mm256_set1_epi32(0xff));
+        _mm256_store_ps(to + k * block_columns + t * lanes, mul(scales, sub(widen(code), zeros)));
+      }
+    }
+    tile += 4 * step;
+    to += quad * block_columns;
+  }
+}
+
+// A block's products are summed on their own before they join the sums, which keeps rounding errors low in long rows.
+template <int Rows>
+void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& tokens, int64_t row, float* totals) {
+  __m256 sum[Rows][tile_vectors];
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_vectors; ++t) sum[r][t] = _mm256_setzero_ps();
+  }
+  const float* w = static_cast<const float*>(block.weights);
+  const float* x = tokens.values + row * tokens.stride + block.first_quad * quad;
+  for (int64_t n = block.quads * quad; n > 0; --n, ++x, w += block_columns) {
+    for (int r = 0; r < Rows; ++r) {
+      const __m256 a = broadcast(x[r * tokens.stride]);
+      for (int t = 0; t < tile_vectors; ++t) sum[r][t] = multiply_add(a, _mm256_load_ps(w + t * lanes), sum[r][t]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_vectors; ++t) {
+      float* at = totals + r * block_columns + t * lanes;
+      _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), sum[r][t]));
     }
   }
 }
+
+constexpr MultiplyTile<FloatTokens> multiply_float_tile_of[tile_rows + 1] = {
+    nullptr, multiply_float_tile<1>, multiply_float_tile<2>, multiply_float_tile<3>, multiply_float_tile<4>};
+
+void multiply_float(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch) {
+  multiply_blocks(panel, tokens, output, scratch, cut_float(panel), unpack_floats, multiply_float_tile_of);
+}
+
+int64_t float_scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_float(panel)); }
 
 }  // namespace
 }  // namespace avx2
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {avx2::quantize, avx2::sum_groups, avx2::multiply, avx2::scratch_bytes};
+const Kernels avx2_kernels = {avx2::quantize, avx2::sum_groups,     avx2::multiply,           avx2::scratch_bytes,
+                              avx2::widen,    avx2::multiply_float, avx2::float_scratch_bytes};
 
 }  // namespace fastembed::qmatmul

@@ -164,6 +164,7 @@ INLINE __m512 load16(const void* data, DType dtype, int64_t index, __mmask16 lan
 }
 
 // The sums of some tokens: [rows, width], for output features from `column` of the panel on, tokens from `row` on.
+// Their scales go with them, one per token.
 struct Sums {
   const float* data;
   int64_t rows;
@@ -173,7 +174,7 @@ struct Sums {
 };
 
 template <Epilogue epilogue, class T>
-void finish_as(const Sums& sums, const Tokens& tokens, const Output& output) {
+void finish_as(const Sums& sums, const float* scales, const Output& output) {
   for (int64_t i = 0; i < sums.width; i += 16) {
     const int64_t column = sums.column + i;
     const __mmask16 lanes = first_lanes(output.columns - column);
@@ -183,7 +184,7 @@ void finish_as(const Sums& sums, const Tokens& tokens, const Output& output) {
     const T* residual = output.residual == nullptr ? nullptr : static_cast<const T*>(output.residual) + first;
     for (int64_t r = 0; r < sums.rows; ++r) {
       const __m512 total = _mm512_load_ps(sums.data + r * sums.width + i);
-      __m512 y = multiply_add(total, broadcast(tokens.scales[sums.row + r]), bias);
+      __m512 y = multiply_add(total, broadcast(scales[r]), bias);
       y = apply_epilogue<epilogue>(y, output.gate);
       if (residual != nullptr) y = _mm512_add_ps(y, load16(residual + r * output.row_stride, lanes));
       store16(to + r * output.row_stride, lanes, y);
@@ -192,22 +193,22 @@ void finish_as(const Sums& sums, const Tokens& tokens, const Output& output) {
 }
 
 template <Epilogue epilogue>
-void finish_with(const Sums& sums, const Tokens& tokens, const Output& output) {
-  if (output.dtype == DType::f32) return finish_as<epilogue, float>(sums, tokens, output);
-  if (output.dtype == DType::f16) return finish_as<epilogue, Float16>(sums, tokens, output);
-  return finish_as<epilogue, BFloat16>(sums, tokens, output);
+void finish_with(const Sums& sums, const float* scales, const Output& output) {
+  if (output.dtype == DType::f32) return finish_as<epilogue, float>(sums, scales, output);
+  if (output.dtype == DType::f16) return finish_as<epilogue, Float16>(sums, scales, output);
+  return finish_as<epilogue, BFloat16>(sums, scales, output);
 }
 
-void finish(const Sums& sums, const Tokens& tokens, const Output& output) {
+void finish(const Sums& sums, const float* scales, const Output& output) {
   switch (output.epilogue) {
     case Epilogue::none:
-      return finish_with<Epilogue::none>(sums, tokens, output);
+      return finish_with<Epilogue::none>(sums, scales, output);
     case Epilogue::relu:
-      return finish_with<Epilogue::relu>(sums, tokens, output);
+      return finish_with<Epilogue::relu>(sums, scales, output);
     case Epilogue::silu:
-      return finish_with<Epilogue::silu>(sums, tokens, output);
+      return finish_with<Epilogue::silu>(sums, scales, output);
     default:
-      return finish_with<Epilogue::gelu>(sums, tokens, output);
+      return finish_with<Epilogue::gelu>(sums, scales, output);
   }
 }
 
@@ -259,12 +260,16 @@ INLINE __m512i load_zeros(const Panel& panel, int64_t group, int64_t column) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
 }
 
-INLINE __m512 load_shifts(const Panel& panel, int64_t group, int64_t column) {
-  __m512 zeros = broadcast(0.5f);
+// The whole zero points.
+INLINE __m512 load_zero_points(const Panel& panel, int64_t group, int64_t column) {
   if (panel.steps.kind == Zeros::fractional) {
-    zeros = load16(panel.steps.zeros, panel.steps.dtype, group * panel_width + column, all_lanes);
+    return load16(panel.steps.zeros, panel.steps.dtype, group * panel_width + column, all_lanes);
   }
-  const __m512 rest = sub(broadcast(static_cast<float>(panel.midpoint())), zeros);
+  return panel.is_shifted() ? broadcast(0.5f) : widen(load_zeros(panel, group, column));
+}
+
+INLINE __m512 load_shifts(const Panel& panel, int64_t group, int64_t column) {
+  const __m512 rest = sub(broadcast(static_cast<float>(panel.midpoint())), load_zero_points(panel, group, column));
   return mul(load_scales(panel, group, column), rest);
 }
 
@@ -335,7 +340,7 @@ void stream(const Panel& panel, const Tokens& tokens, int64_t first_row, const O
     UNROLL for (int r = 0; r < Rows; ++r) {
       UNROLL for (int t = 0; t < tiles; ++t) _mm512_store_ps(totals + (r * tiles + t) * tile_width, total[r][t]);
     }
-    finish({totals, Rows, tiles * tile_width, first_row, column}, tokens, output);
+    finish({totals, Rows, tiles * tile_width, first_row, column}, tokens.scales + first_row, output);
   }
 }
 
@@ -370,10 +375,11 @@ template <int Bits>
 void unpack_block(const Panel& panel, const Block& block) {
   const Unpacker<Bits> unpack;
   const Rest rest = rest_of(panel);
-  uint8_t* bytes = block.bytes;
-  for (int64_t i = 0; i < block.groups; ++i) {
-    const int64_t group = block.first_group + i;
-    const uint8_t* tile = panel.codes + (group * panel.group_quads * 4 + block.column / tile_width) * 8 * Bits;
+  uint8_t* bytes = static_cast<uint8_t*>(block.weights);
+  const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
+  const int64_t first_group = block.first_quad / panel.group_quads;
+  for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
+    const int64_t group = first_group + i;
     __m512i offsets[tile_vectors];
     for (int t = 0; t < tile_vectors; ++t) {
       const int64_t column = block.column + t * tile_width, at = i * block_columns + t * tile_width;
@@ -404,10 +410,11 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       total[r][t] = _mm512_load_ps(totals + r * block_columns + t * tile_width);
     }
   }
-  const uint8_t* bytes = block.bytes;
-  const int8_t* quads = tokens.codes + row * tokens.stride + block.first_group * panel.group_quads * quad;
-  const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
-  for (int64_t group = 0; group < block.groups; ++group) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
+  const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
+  const int64_t first_group = block.first_quad / panel.group_quads;
+  const int32_t* sums = tokens.sums + row * panel.groups + first_group;
+  for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
     const int64_t at = group * block_columns;
     __m512i dot[Rows][tile_vectors];
     UNROLL for (int r = 0; r < Rows; ++r) {
@@ -421,7 +428,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
         }
       }
     }
-    for (int64_t n = panel.quads_in(block.first_group + group); n > 0; --n) {
+    for (int64_t n = panel.quads_in(first_group + group); n > 0; --n) {
       __m512i w[tile_vectors];
       UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
       UNROLL for (int r = 0; r < Rows; ++r) {
@@ -451,13 +458,13 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
 }
 
 template <Rest rest>
-constexpr MultiplyTile multiply_tile_of[tile_rows + 1] = {nullptr,
-                                                          multiply_tile<1, rest>,
-                                                          multiply_tile<2, rest>,
-                                                          multiply_tile<3, rest>,
-                                                          multiply_tile<4, rest>,
-                                                          multiply_tile<5, rest>,
-                                                          multiply_tile<6, rest>};
+constexpr MultiplyTile<Tokens> multiply_tile_of[tile_rows + 1] = {nullptr,
+                                                                  multiply_tile<1, rest>,
+                                                                  multiply_tile<2, rest>,
+                                                                  multiply_tile<3, rest>,
+                                                                  multiply_tile<4, rest>,
+                                                                  multiply_tile<5, rest>,
+                                                                  multiply_tile<6, rest>};
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -471,11 +478,88 @@ void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& outpu
     return;
   }
   const Rest rest = rest_of(panel);
-  const MultiplyTile* of_rows = rest == Rest::zeros    ? multiply_tile_of<Rest::zeros>
-                                : rest == Rest::shifts ? multiply_tile_of<Rest::shifts>
-                                                       : multiply_tile_of<Rest::nothing>;
-  multiply_blocks(panel, tokens, output, scratch, unpack_block<Bits>, of_rows);
+  const MultiplyTile<Tokens>* of_rows = rest == Rest::zeros    ? multiply_tile_of<Rest::zeros>
+                                        : rest == Rest::shifts ? multiply_tile_of<Rest::shifts>
+                                                               : multiply_tile_of<Rest::nothing>;
+  multiply_blocks(panel, tokens, output, scratch, cut_int8(panel), unpack_block<Bits>, of_rows);
 }
+
+// ---- in floats ------------------------------------------------------------------------------------------------------
+
+template <class T>
+void widen_as(const T* x, int64_t in_features, float* values, int64_t stride) {
+  for (int64_t k = 0; k < stride; k += 16) _mm512_store_ps(values + k, load16(x + k, first_lanes(in_features - k)));
+}
+
+void widen(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride) {
+  if (dtype == DType::f32) return widen_as(static_cast<const float*>(x), in_features, values, stride);
+  if (dtype == DType::f16) return widen_as(static_cast<const Float16*>(x), in_features, values, stride);
+  widen_as(static_cast<const BFloat16*>(x), in_features, values, stride);
+}
+
+template <int Bits>
+void unpack_floats(const Panel& panel, const Block& block) {
+  const Unpacker<Bits> unpack;
+  const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
+  float* to = static_cast<float*>(block.weights);
+  const int64_t end = block.first_quad + block.quads;
+  for (int64_t first = block.first_quad; first < end;) {
+    const int64_t group = first / panel.group_quads, after = (group + 1) * panel.group_quads;
+    const int64_t next = after < end ? after : end;
+    __m512 scales[tile_vectors], zeros[tile_vectors];
+    for (int t = 0; t < tile_vectors; ++t) {
+      const int64_t column = block.column + t * tile_width;
+      scales[t] = load_scales(panel, group, column);
+      zeros[t] = load_zero_points(panel, group, column);
+    }
+    for (; first < next; ++first) {
+      for (int t = 0; t < tile_vectors; ++t) {
+        const __m512i codes = unpack(tile + t * 8 * Bits);
+        UNROLL for (int k = 0; k < quad; ++k) {
+          const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * k), _mm512_set1_epi32(0xff));
+          _mm512_store_ps(to + k * block_columns + t * tile_width, mul(scales[t], sub(widen(code), zeros[t])));
+        }
+      }
+      tile += 4 * 8 * Bits;
+      to += quad * block_columns;
+    }
+  }
+}
+
+// A block's products are summed on their own before they join the sums, which keeps rounding errors low in long rows.
+template <int Rows>
+void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& tokens, int64_t row, float* totals) {
+  __m512 sum[Rows][tile_vectors];
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) sum[r][t] = _mm512_setzero_ps();
+  }
+  const float* w = static_cast<const float*>(block.weights);
+  const float* x = tokens.values + row * tokens.stride + block.first_quad * quad;
+  for (int64_t n = block.quads * quad; n > 0; --n, ++x, w += block_columns) {
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      const __m512 a = broadcast(x[r * tokens.stride]);
+      UNROLL for (int t = 0; t < tile_vectors; ++t) {
+        sum[r][t] = multiply_add(a, _mm512_load_ps(w + t * tile_width), sum[r][t]);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      float* at = totals + r * block_columns + t * tile_width;
+      _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), sum[r][t]));
+    }
+  }
+}
+
+constexpr MultiplyTile<FloatTokens> multiply_float_tile_of[tile_rows + 1] = {nullptr,
+                                                                             multiply_float_tile<1>,
+                                                                             multiply_float_tile<2>,
+                                                                             multiply_float_tile<3>,
+                                                                             multiply_float_tile<4>,
+                                                                             multiply_float_tile<5>,
+                                                                             multiply_float_tile<6>};
+
+// ---- entry points ---------------------------------------------------------------------------------------------------
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
   constexpr decltype(&multiply) of_bits[] = {nullptr,          multiply_bits<1>, multiply_bits<2>,
@@ -484,11 +568,23 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
   of_bits[panel.bits](panel, tokens, output, scratch);
 }
 
+int64_t scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_int8(panel)); }
+
+void multiply_float(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch) {
+  constexpr UnpackBlock of_bits[] = {nullptr,          unpack_floats<1>, unpack_floats<2>,
+                                     unpack_floats<3>, unpack_floats<4>, unpack_floats<5>,
+                                     unpack_floats<6>, unpack_floats<7>, unpack_floats<8>};
+  multiply_blocks(panel, tokens, output, scratch, cut_float(panel), of_bits[panel.bits], multiply_float_tile_of);
+}
+
+int64_t float_scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_float(panel)); }
+
 }  // namespace
 }  // namespace avx512vnni
 
 extern const Kernels avx512vnni_kernels;
-const Kernels avx512vnni_kernels = {avx512vnni::quantize, avx512vnni::sum_groups, avx512vnni::multiply,
-                                    avx512vnni::scratch_bytes};
+const Kernels avx512vnni_kernels = {avx512vnni::quantize,           avx512vnni::sum_groups, avx512vnni::multiply,
+                                    avx512vnni::scratch_bytes,      avx512vnni::widen,      avx512vnni::multiply_float,
+                                    avx512vnni::float_scratch_bytes};
 
 }  // namespace fastembed::qmatmul

@@ -81,10 +81,22 @@ void unpack_feature(const Panel& panel, int64_t k, int16_t* weights) {
   }
 }
 
+// The sums of one token [64] to its outputs.
+void finish(const float* sums, float scale, int64_t row, const Output& output) {
+  for (int64_t i = 0; i < output.columns; ++i) {
+    const int64_t index = row * output.row_stride + i;
+    float y = apply_epilogue(sums[i] * scale + output.bias[i], output);
+    if (output.residual != nullptr) y += load_scalar(output.residual, output.dtype, index);
+    store_scalar(output.data, output.dtype, index, y);
+  }
+}
+
+float zero_point(const Panel& panel, int64_t index) {
+  return panel.steps.kind == Zeros::fractional ? load_scalar(panel.steps.zeros, panel.steps.dtype, index) : 0.5f;
+}
+
 float shift(const Panel& panel, float scale, int64_t index) {
-  const Steps& steps = panel.steps;
-  const float zero = steps.kind == Zeros::fractional ? load_scalar(steps.zeros, steps.dtype, index) : 0.5f;
-  return scale * (static_cast<float>(panel.midpoint()) - zero);
+  return scale * (static_cast<float>(panel.midpoint()) - zero_point(panel, index));
 }
 
 void multiply(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
@@ -106,12 +118,7 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
         if (panel.is_shifted()) total[i] += sum * shift(panel, scale, group * panel_width + i);
       }
     }
-    for (int64_t i = 0; i < output.columns; ++i) {
-      const int64_t index = row * output.row_stride + i;
-      float y = apply_epilogue(total[i] * tokens.scales[row] + output.bias[i], output);
-      if (output.residual != nullptr) y += load_scalar(output.residual, output.dtype, index);
-      store_scalar(output.data, output.dtype, index, y);
-    }
+    finish(total, tokens.scales[row], row, output);
   }
 }
 
@@ -119,10 +126,59 @@ int64_t scratch_bytes(const Panel& panel, int64_t) {
   return panel.quads * quad * panel_width * static_cast<int64_t>(sizeof(int16_t));
 }
 
+void widen(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride) {
+  for (int64_t k = 0; k < stride; ++k) values[k] = k < in_features ? load_scalar(x, dtype, k) : 0.f;
+}
+
+// A block's products are summed on their own before they join the sums, which keeps rounding errors low in long rows.
+constexpr int64_t block_features = 128;
+
+// Weights of one output feature in floats, for as many input features as a block has.
+void unpack_floats(const Panel& panel, int64_t first, int64_t count, float* weights) {
+  int16_t integers[panel_width];
+  for (int64_t k = 0; k < count; ++k) {
+    unpack_feature(panel, first + k, integers);
+    const int64_t group = (first + k) / (panel.group_quads * quad);
+    for (int64_t i = 0; i < panel_width; ++i) {
+      const int64_t index = group * panel_width + i;
+      const float scale = load_scalar(panel.steps.scales, panel.steps.dtype, index);
+      float weight = static_cast<float>(integers[i]);
+      if (panel.is_shifted()) weight = weight + static_cast<float>(panel.midpoint()) - zero_point(panel, index);
+      weights[k * panel_width + i] = scale * weight;
+    }
+  }
+}
+
+void multiply_float(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch) {
+  float* weights = static_cast<float*>(scratch);
+  float* totals = weights + block_features * panel_width;
+  std::memset(totals, 0, static_cast<size_t>(tokens.rows * panel_width) * sizeof *totals);
+  const int64_t features = panel.quads * quad;
+  for (int64_t first = 0; first < features; first += block_features) {
+    const int64_t count = features - first < block_features ? features - first : block_features;
+    unpack_floats(panel, first, count, weights);
+    for (int64_t row = 0; row < tokens.rows; ++row) {
+      const float* x = tokens.values + row * tokens.stride + first;
+      float sums[panel_width] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t i = 0; i < panel_width; ++i) sums[i] += x[k] * weights[k * panel_width + i];
+      }
+      for (int64_t i = 0; i < panel_width; ++i) totals[row * panel_width + i] += sums[i];
+    }
+  }
+  for (int64_t row = 0; row < tokens.rows; ++row) finish(totals + row * panel_width, 1.f, row, output);
+}
+
+int64_t float_scratch_bytes(const Panel&, int64_t rows) {
+  return (block_features + rows) * panel_width * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace
 }  // namespace generic
 
 extern const Kernels generic_kernels;
-const Kernels generic_kernels = {generic::quantize, generic::sum_groups, generic::multiply, generic::scratch_bytes};
+const Kernels generic_kernels = {generic::quantize,           generic::sum_groups, generic::multiply,
+                                 generic::scratch_bytes,      generic::widen,      generic::multiply_float,
+                                 generic::float_scratch_bytes};
 
 }  // namespace fastembed::qmatmul

@@ -10,12 +10,11 @@ from ..ops import qmatmul
 from ..quantization.rtn import quantize_rtn
 from ..reference.qmatmul import PANEL, QUAD, pack_codes, to_panels
 
-ACTIVATIONS = ("int8",)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with weights of 1 to 8 bits in groups and int8 products; a drop-in for `nn.Linear` at inference.
+    """A linear layer with weights of 1 to 8 bits in groups; a drop-in for `nn.Linear` at inference.
 
     Build one from a trained layer with `QuantLinear.from_linear`, or from codes that a quantiser made with
     `QuantLinear.from_codes`. The constructor makes an empty layer of the same configuration, to load a `state_dict`
@@ -23,8 +22,8 @@ class QuantLinear(nn.Module):
     every CPU, so it can be saved on one machine and loaded on another.
 
     Input [..., in_features] in float32, bfloat16 or float16 gives output [..., out_features] in the same dtype (under
-    autocast, in autocast's). Each token's activations are quantised to int8 by their largest magnitude. Gradients reach
-    the input, so that a quantised backbone can sit under a trainable head; the weights are not trained.
+    autocast, in autocast's). Gradients reach the input, so that a quantised backbone can sit under a trainable head;
+    the weights are not trained.
 
     Args:
         in_features, out_features: as nn.Linear's; any size.
@@ -32,7 +31,8 @@ class QuantLinear(nn.Module):
         bits: bits per weight, 1 to 8.
         group_size: input features that share a scale, a multiple of 16; the last group may be shorter. -1: a whole row.
         symmetric: no zero points (see `fastembed.quantization.quantize_rtn`).
-        activations: "int8".
+        activations: "int8": each token is quantised by its largest magnitude, which is fast. "float": taken as they
+            are, so that the weights' error is the only one. May be set later.
         epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias in the same pass. May be set
             later.
         scale_dtype: float16, bfloat16 or float32; casting the model leaves it alone.
@@ -66,9 +66,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         features_per_group = qmatmul.whole_row(in_features) if group_size == -1 else group_size
-        qmatmul.check_configuration(bits, features_per_group, epilogue)
-        if activations not in ACTIVATIONS:
-            raise ValueError(f"activations must be {' or '.join(map(repr, ACTIVATIONS))}, got {activations!r}")
+        qmatmul.check_configuration(bits, features_per_group, epilogue, activations)
         if scale_dtype not in SCALE_DTYPES:
             raise TypeError(f"scale_dtype must be float16, bfloat16 or float32, got {scale_dtype}")
         self.in_features = in_features
@@ -212,6 +210,7 @@ class QuantLinear(nn.Module):
             group_size=self._features_per_group,
             out_features=self.out_features,
             epilogue=self.epilogue,
+            activations=self.activations,
         )
 
     def _prepare(self) -> qmatmul.Layer:
@@ -221,7 +220,7 @@ class QuantLinear(nn.Module):
         layer = self._layer
         assert codes is not None
         assert scales is not None
-        if layer is None or not layer.is_of(codes, scales, zeros, bias, self.epilogue):
+        if layer is None or not layer.is_of(codes, scales, zeros, bias, self.epilogue, self.activations):
             layer = self._layer = qmatmul.prepare(
                 codes,
                 scales,
@@ -232,6 +231,7 @@ class QuantLinear(nn.Module):
                 in_features=self.in_features,
                 out_features=self.out_features,
                 epilogue=self.epilogue,
+                activations=self.activations,
             )
         return layer
 

@@ -11,6 +11,7 @@ from ..reference import qmatmul as reference
 from ._registry import Op, is_plain_eager
 
 EPILOGUES = (None, "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("int8", "float")
 BITS = range(1, 9)
 GROUP_MULTIPLE = 16
 # Products of 8-bit codes and activations are summed in int32 within a group.
@@ -34,8 +35,9 @@ def qlinear(
     group_size: int,
     out_features: int,
     epilogue: str | None = None,
+    activations: str = "int8",
 ) -> Tensor:
-    """A linear layer on packed low-bit weights, with activations quantised to int8 per token on the way in.
+    """A linear layer on packed low-bit weights.
 
     `fastembed.nn.QuantLinear` owns such weights; `fastembed.reference.qmatmul` defines the layout and the arithmetic.
 
@@ -52,15 +54,18 @@ def qlinear(
         group_size: a positive multiple of 16. May exceed in_features: then a whole row is one group, of at most 65536.
         out_features: rows of the weight.
         epilogue: None, "gelu" (erf), "gelu_tanh", "relu" or "silu", applied after the bias.
+        activations: "int8": quantised per token on the way in, products accumulated in int32 within a group and in
+            float32 across groups. "float": taken as they are, the weights dequantised exactly (to float32; see
+            `dequantize_weight`), accumulated in float32.
 
     Returns:
-        [..., out_features] in x's dtype. Accumulated in int32 within a group and float32 across groups, rounded once.
+        [..., out_features] in x's dtype, rounded once.
         The gradient reaches x (straight through the rounding of the activations), bias and residual; weights have none.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    return _qlinear(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
+    return _qlinear(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue, activations)
 
 
 def dequantize_weight(
@@ -82,7 +87,7 @@ def whole_row(in_features: int) -> int:
     return max(1, -(-in_features // GROUP_MULTIPLE)) * GROUP_MULTIPLE
 
 
-def check_configuration(bits: int, group_size: int, epilogue: str | None) -> None:
+def check_configuration(bits: int, group_size: int, epilogue: str | None, activations: str = "int8") -> None:
     """Raise ValueError for settings that no backend implements."""
     if bits not in BITS:
         raise ValueError(f"bits must be {BITS.start} to {BITS.stop - 1}, got {bits!r}")
@@ -90,6 +95,8 @@ def check_configuration(bits: int, group_size: int, epilogue: str | None) -> Non
         raise ValueError(f"group_size must be a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")
     if epilogue not in EPILOGUES:
         raise ValueError(f"epilogue must be one of {', '.join(map(repr, EPILOGUES))}, got {epilogue!r}")
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be {' or '.join(map(repr, ACTIVATIONS))}, got {activations!r}")
 
 
 def _check_weight(
@@ -137,8 +144,9 @@ def _check(
     group_size: int,
     out_features: int,
     epilogue: str | None,
+    activations: str,
 ) -> None:
-    check_configuration(bits, group_size, epilogue)
+    check_configuration(bits, group_size, epilogue, activations)
     if x.dtype not in _DTYPE_CODES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
@@ -178,10 +186,12 @@ class Layer:
         in_features: int,
         out_features: int,
         epilogue: str | None,
+        activations: str,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
         self._epilogue = epilogue
+        self._activations = activations
         self._tensors = (codes, scales, zeros, bias)
         self._addresses = [_address(tensor) for tensor in self._tensors]
         # A copy of a strided tensor would not follow its changes, so such a layer is prepared anew for every call.
@@ -200,10 +210,17 @@ class Layer:
             _address(self._kept[3]),
             0 if bias is None else _DTYPE_CODES[bias.dtype],
             EPILOGUES.index(epilogue),
+            ACTIVATIONS.index(activations),
         )
 
     def is_of(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, epilogue: str | None
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        epilogue: str | None,
+        activations: str,
     ) -> bool:
         own = self._tensors
         if codes is not own[0] or scales is not own[1] or zeros is not own[2] or bias is not own[3]:
@@ -215,6 +232,7 @@ class Layer:
             and (zeros is None or zeros.data_ptr() == addresses[2])
             and (bias is None or bias.data_ptr() == addresses[3])
             and epilogue == self._epilogue
+            and activations == self._activations
             and self._is_lasting
         )
 
@@ -247,12 +265,13 @@ def prepare(
     in_features: int,
     out_features: int,
     epilogue: str | None,
+    activations: str,
 ) -> Layer:
     """Check a layer's tensors, as in `qlinear`, once for many calls. Raises as `qlinear` does."""
-    check_configuration(bits, group_size, epilogue)
+    check_configuration(bits, group_size, epilogue, activations)
     _check_weight(codes, scales, zeros, bits, group_size, out_features, in_features)
     _check_bias(bias, out_features, codes.device)
-    return Layer(codes, scales, zeros, bias, bits, group_size, in_features, out_features, epilogue)
+    return Layer(codes, scales, zeros, bias, bits, group_size, in_features, out_features, epilogue, activations)
 
 
 def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:
@@ -287,9 +306,10 @@ def _cpu(
     group_size: int,
     out_features: int,
     epilogue: str | None,
+    activations: str,
 ) -> Tensor:
-    _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
-    layer = Layer(codes, scales, zeros, bias, bits, group_size, x.shape[-1], out_features, epilogue)
+    _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue, activations)
+    layer = Layer(codes, scales, zeros, bias, bits, group_size, x.shape[-1], out_features, epilogue, activations)
     return layer(x, residual)
 
 
@@ -300,24 +320,25 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, zeros, bias, _, ctx.bits, ctx.group_size, ctx.out_features, ctx.epilogue = inputs
+    x, codes, scales, zeros, bias, _, *ctx.settings = inputs
     ctx.save_for_backward(x, codes, scales, zeros, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scales, zeros, bias = ctx.saved_tensors
+    bits, group_size, out_features, epilogue, activations = ctx.settings
     grad_residual = grad if ctx.needs_input_grad[5] else None
     grad = grad.float()
-    if ctx.epilogue is not None:
-        before = _qlinear(x, codes, scales, zeros, bias, None, ctx.bits, ctx.group_size, ctx.out_features, None)
-        grad = reference.epilogue_gradient(grad, before.float(), ctx.epilogue)
+    if epilogue is not None:
+        before = _qlinear(x, codes, scales, zeros, bias, None, bits, group_size, out_features, None, activations)
+        grad = reference.epilogue_gradient(grad, before.float(), epilogue)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = _dequantize(codes, scales, zeros, ctx.bits, ctx.group_size, ctx.out_features, x.shape[-1])
+        weight = _dequantize(codes, scales, zeros, bits, group_size, out_features, x.shape[-1])
         grad_x = (grad @ weight).to(x.dtype)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, ctx.out_features).sum(dim=0).to(bias.dtype)
-    return grad_x, None, None, None, grad_bias, grad_residual, None, None, None, None
+        grad_bias = grad.reshape(-1, out_features).sum(dim=0).to(bias.dtype)
+    return grad_x, None, None, None, grad_bias, grad_residual, None, None, None, None, None
 
 
 def _dequantize_reference(
@@ -338,7 +359,7 @@ def _dequantize_fake(
 
 _qlinear = Op(
     "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? residual, int bits, "
-    "int group_size, int out_features, str? epilogue) -> Tensor",
+    "int group_size, int out_features, str? epilogue, str activations) -> Tensor",
     implementations={"cpu": _cpu, "reference": _reference},
     fake=_fake,
     setup_context=_setup_context,

@@ -11,6 +11,10 @@ A zero point is stored as a code (uint8), as a number in code units (the dtype o
 group's a[m, k] follows in float32. The outer sum is float32 in the order of the groups, so a row's result does not
 depend on the other rows.
 
+With float activations, a[m, k] is x[m, k] itself and w[n, k] is rounded to float32, once:
+
+    y[m, n] = act(sum_k x[m, k] * w[n, k] + bias[n]) + residual[m, n]
+
 Packed codes are one layout for every bit-width and every CPU: panels of 64 output features; within a panel, for every 4
 input features, 256 codes in 32 * bits bytes, as four tiles of 16 output features. A tile is eight little-endian words
 of `bits` bytes, each with 8 codes: 2 output features by 4 input features, which is one 64-bit lane of a register that
@@ -41,10 +45,29 @@ def qlinear(
     group_size: int,
     out_features: int,
     epilogue: str | None,
+    activations: str,
 ) -> Tensor:
     """The layer on x [..., in_features]; see `fastembed.ops.qmatmul.qlinear`."""
-    in_features = x.shape[-1]
-    activations, token_scales = quantize_activations(x.reshape(x.shape[:-1].numel(), in_features))
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if activations == "int8":
+        y = _int8_products(rows, codes, scales, zeros, bits, group_size, out_features)
+    else:
+        weight = dequantize_weight(codes, scales, zeros, bits, group_size, out_features, x.shape[-1])
+        y = rows.float() @ weight.T
+    if bias is not None:
+        y = y + bias.float()
+    y = apply_epilogue(y, epilogue).reshape(*x.shape[:-1], out_features)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
+def _int8_products(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out_features: int
+) -> Tensor:
+    """x [M, K] quantised to int8, times the weights: float32 [M, N]."""
+    in_features = x.shape[1]
+    activations, token_scales = quantize_activations(x)
     weights = unpack_codes(codes, bits, out_features, in_features).double()
     scales = from_panels(scales, out_features).float()
     zeros = None if zeros is None else from_panels(zeros, out_features)
@@ -59,13 +82,7 @@ def qlinear(
         signed = weights[:, group * group_size : (group + 1) * group_size] - origins[:, group, None].double()
         total += (a @ signed.T).float() * scales[:, group]
         total += a.sum(dim=1, keepdim=True).float() * shifts[:, group]
-    y = total * token_scales
-    if bias is not None:
-        y = y + bias.float()
-    y = apply_epilogue(y, epilogue).reshape(*x.shape[:-1], out_features)
-    if residual is not None:
-        y = y + residual.float()
-    return y.to(x.dtype)
+    return total * token_scales
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:

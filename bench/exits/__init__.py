@@ -1,0 +1,97 @@
+"""Fine-tuning a model's exits on text-to-code pairs, and what it does for those cut off early.
+
+The pairs are the demo's: what is said of a function of the Python standard library, and its source. The model learns
+from the first half of them. Of the other half, queries look for their functions among the half's, with the embeddings
+of every layer and of several prefixes, before the training and after it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from fastembed import MultiExitEncoder
+from fastembed.demo.corpus import Pair
+from fastembed.training import SentenceTransformerExitLoss, StarbucksLoss
+
+Exit = tuple[int, int]
+
+DIMS = (32, 64, 128, 256, 384)
+TRAINED_DIMS = (32, 128, 384)
+MAX_TOKENS = 64
+BATCH = 64
+LEARNING_RATE = 1e-4
+WARM_UP = 0.1  # part of the steps
+TEMPERATURE = 0.05
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """How well one exit finds the functions: mean reciprocal rank among the first ten, and share of first places."""
+
+    layer: int
+    dim: int
+    mrr_before: float
+    mrr_after: float
+    first_before: float
+    first_after: float
+
+
+def depth_of(model: SentenceTransformer) -> int:
+    return model[0].auto_model.config.num_hidden_layers
+
+
+def fine_tune(model: SentenceTransformer, pairs: Sequence[Pair], epochs: int, seed: int) -> None:
+    """Train all layers' exits at TRAINED_DIMS together, in place: StarbucksLoss, AdamW, warm-up and linear decay."""
+    exits = [(layer, dim) for layer in range(1, depth_of(model) + 1) for dim in TRAINED_DIMS]
+    loss_of = SentenceTransformerExitLoss(model, StarbucksLoss(exits, temperature=TEMPERATURE, normalize=True))
+    torch.manual_seed(seed)
+    shuffle = random.Random(seed)
+    steps = epochs * (len(pairs) // BATCH)
+    warm_up = max(1, round(WARM_UP * steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    )
+    model.train()
+    with tqdm(total=steps, desc="Training", unit=" step") as progress:
+        for _ in range(epochs):
+            order = shuffle.sample(range(len(pairs)), len(pairs))
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                batch = [pairs[index] for index in order[start : start + BATCH]]
+                columns = ([pair.query for pair in batch], [pair.document for pair in batch])
+                loss = loss_of([model.preprocess(texts) for texts in columns])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                progress.update()
+    model.eval()
+
+
+def retrieval(model: SentenceTransformer, pairs: Sequence[Pair]) -> dict[Exit, tuple[float, float]]:
+    """Of every layer and prefix: (mean reciprocal rank among the first ten, share of first places)."""
+    exits = [(layer, dim) for layer in range(1, depth_of(model) + 1) for dim in DIMS]
+    encoder = MultiExitEncoder(model, exits, normalize=True)
+    queries, documents = (
+        encoder.encode(texts, batch_size=EVALUATION_BATCH, show_progress_bar=True)
+        for texts in ([pair.query for pair in pairs], [pair.document for pair in pairs])
+    )
+    return {exit: quality(queries[exit], documents[exit]) for exit in exits}
+
+
+def quality(queries: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
+    """Of queries whose documents are those of their numbers: (MRR@10, share of first places)."""
+    scores = queries @ documents.T
+    ranks = 1 + (scores > scores.diagonal()[:, None]).sum(axis=1)
+    return float(np.where(ranks <= 10, 1 / ranks, 0).mean()), float((ranks == 1).mean())
+
+
+def compare(before: dict[Exit, tuple[float, float]], after: dict[Exit, tuple[float, float]]) -> list[Row]:
+    return [Row(*exit, before[exit][0], after[exit][0], before[exit][1], after[exit][1]) for exit in before]

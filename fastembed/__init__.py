@@ -28,6 +28,7 @@ __all__ = [
     "nn",
     "pack_bits",
     "pool_exits",
+    "prepend_token",
     "relative_representations",
     "rescore",
     "sdc_encode",
@@ -42,6 +43,7 @@ if _torch is not None:
     from . import nn
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
+    from .prepend import prepend_token
     from .quantization import QuantConfig
     from .swap import SwapReport, swap, unswap
     from .training import train_binarizer

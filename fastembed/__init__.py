@@ -9,7 +9,16 @@ from .index import BinaryIndex, IndexFileError
 from .info import info
 from .ops.fde import FDEMatrices, fde_documents, fde_queries
 from .ops.relative import relative_representations
-from .ops.search import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk
+from .ops.search import (
+    SDCCodes,
+    hamming_range,
+    hamming_topk,
+    pack_bits,
+    rescore,
+    sdc_encode,
+    sdc_topk,
+    unpack_bits,
+)
 
 __version__ = "0.1.0"
 
@@ -23,6 +32,7 @@ __all__ = [
     "SwapReport",
     "fde_documents",
     "fde_queries",
+    "hamming_range",
     "hamming_topk",
     "info",
     "nn",
@@ -35,6 +45,7 @@ __all__ = [
     "sdc_topk",
     "swap",
     "train_binarizer",
+    "unpack_bits",
     "unswap",
     "use_backend",
 ]

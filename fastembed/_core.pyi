@@ -33,7 +33,7 @@ def pool_exits_backward(
     threads: int,
 ) -> None: ...
 def address(array: np.ndarray) -> int: ...
-def pack_bits(x: int, dtype: int, rows: int, dim: int, codes: int, threads: int) -> None: ...
+def pack_bits(x: int, dtype: int, rows: int, dim: int, thresholds: int, codes: int, threads: int) -> None: ...
 def hamming_topk(
     queries: int,
     query_rows: int,
@@ -42,11 +42,30 @@ def hamming_topk(
     code_rows: int,
     code_stride: int,
     bytes: int,
+    selection: tuple[int, int, int, int],
     k: int,
     distances: int,
     ids: int,
     threads: int,
 ) -> None: ...
+
+class RangeResult:
+    @property
+    def total(self) -> int: ...
+    def write(self, lims: int, distances: int, ids: int) -> None: ...
+
+def hamming_range(
+    queries: int,
+    query_rows: int,
+    query_stride: int,
+    codes: int,
+    code_rows: int,
+    code_stride: int,
+    bytes: int,
+    selection: tuple[int, int, int, int],
+    radius: int,
+    threads: int,
+) -> RangeResult: ...
 def sdc_encode(x: int, rows: int, dim: int, bits: int, codes: int, inverse_norms: int, threads: int) -> int: ...
 def sdc_topk(
     queries: int,
@@ -59,6 +78,7 @@ def sdc_topk(
     code_stride: int,
     dim: int,
     bits: int,
+    selection: tuple[int, int, int, int],
     k: int,
     scores: int,
     ids: int,

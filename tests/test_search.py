@@ -1,5 +1,6 @@
 """Search over binary and few-bit codes, against NumPy: everything exact, bits, distances, scores and ids."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 
 import fastembed
-from fastembed import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk
+from fastembed import SDCCodes, hamming_range, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk, unpack_bits
 
 # Widths in bytes around every boundary of the kernels: bytes, words, groups of 3 and 7 words, registers.
 WIDTHS = (1, 2, 7, 8, 9, 24, 32, 48, 55, 56, 57, 63, 64, 65, 80, 96, 127, 128, 129, 192, 200, 256, 300, 512)
@@ -27,6 +28,29 @@ def hamming_oracle(queries: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.n
     differing = np.unpackbits(queries[:, None] ^ codes[None], axis=-1).sum(axis=-1, dtype=np.int32)
     ids = np.argsort(differing, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(differing, ids, axis=1), ids
+
+
+def filters_of(
+    rng: np.random.Generator, kind: str, queries: int, codes: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Filters of some kinds, and [queries, codes], what they let through."""
+    filters: dict[str, np.ndarray] = {}
+    allowed = np.ones((queries, codes), bool)
+    if "mask" in kind or "ids" in kind:
+        listed = rng.random(codes) < rng.choice([0.0, 0.03, 0.5, 0.97, 1.0])
+        filters |= {"mask": listed} if "mask" in kind else {"ids": np.flatnonzero(listed)}
+        allowed &= listed
+    if "ranges" in kind:
+        # Few ends, so that queries share ranges as they share inverted lists.
+        ends = rng.choice(np.arange(codes + 1), min(codes + 1, 6), replace=False)
+        ranges = np.sort(rng.choice(ends, (queries, rng.integers(0, 5), 2)), axis=2)
+        filters["ranges"] = ranges
+        rows = np.arange(codes)
+        allowed &= ((ranges[..., :1] <= rows) & (rows < ranges[..., 1:])).any(axis=1)
+    return filters, allowed
+
+
+FILTERS = ("none", "mask", "ids", "ranges", "mask and ranges", "ids and ranges")
 
 
 def sdc_oracle(queries: SDCCodes, codes: SDCCodes, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,6 +84,31 @@ def test_pack_bits_is_numpys_packbits(isa: str, rows: int, dim: int, seed: int) 
     for dtype in (torch.bfloat16, torch.float16):
         converted = torch.from_numpy(x).to(dtype)
         np.testing.assert_array_equal(pack_bits(converted), np.packbits(converted.float().numpy() > 0, axis=-1))
+
+
+@given(rows=st.integers(0, 5), dim=st.integers(0, 150), seed=st.integers(0, 99))
+def test_pack_bits_above_thresholds(isa: str, rows: int, dim: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, thresholds = rng.choice(SPECIAL, (rows, dim)), rng.choice(SPECIAL, dim)
+    for dtype in (np.float32, np.float16, np.float64):
+        converted = x.astype(dtype)
+        expected = np.packbits(converted > thresholds, axis=-1)
+        np.testing.assert_array_equal(pack_bits(converted, thresholds=thresholds), expected)
+        ours = pack_bits(torch.from_numpy(converted), thresholds=torch.from_numpy(thresholds))
+        np.testing.assert_array_equal(ours, expected)
+    converted = torch.from_numpy(x).bfloat16()
+    expected = np.packbits(converted.float().numpy() > thresholds, axis=-1)
+    np.testing.assert_array_equal(pack_bits(converted, thresholds=torch.from_numpy(thresholds)), expected)
+
+
+@given(dim=st.integers(0, 100), seed=st.integers(0, 99))
+def test_unpack_bits_is_the_inverse_of_pack_bits(dim: int, seed: int) -> None:
+    bits = np.random.default_rng(seed).integers(0, 2, (2, 3, dim), dtype=np.uint8)
+    codes = pack_bits(bits.astype(np.float32))
+    np.testing.assert_array_equal(unpack_bits(codes, dim), bits)
+    ours = unpack_bits(torch.from_numpy(codes), dim)
+    assert ours.dtype == torch.uint8
+    np.testing.assert_array_equal(ours, bits)
 
 
 def test_pack_bits_matches_sentence_transformers() -> None:
@@ -150,10 +199,69 @@ def test_hamming_topk_of_codes_without_bytes() -> None:
     np.testing.assert_array_equal(ids, [[0, 1]] * 3)
 
 
+@given(
+    queries=st.integers(0, 12),
+    codes=st.integers(1, 3000),
+    width=st.sampled_from([3, 8, 16, 64, 128, 200]),
+    kind=st.sampled_from(FILTERS),
+    k=st.integers(1, 400),
+    seed=st.integers(0, 99),
+)
+def test_filtered_hamming_searches_are_exact(
+    isa: str, queries: int, codes: int, width: int, kind: str, k: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, c = random_codes(rng, queries, width, values=4), random_codes(rng, codes, width, values=4)
+    filters, allowed = filters_of(rng, kind, queries, codes)
+    k = min(k, codes)
+    differing = np.bitwise_count(q[:, None] ^ c[None]).sum(axis=-1, dtype=np.int32)
+
+    barred = np.where(allowed, differing, np.iinfo(np.int32).max)
+    ids = np.argsort(barred, axis=1, kind="stable")[:, :k]
+    distances = np.take_along_axis(barred, ids, axis=1)
+    expected = distances, np.where(np.take_along_axis(allowed, ids, axis=1), ids, -1)
+    assert_same(hamming_topk(q, c, k, **filters), expected)
+    in_torch = {name: torch.from_numpy(value) for name, value in filters.items()}
+    assert_same(hamming_topk(*tensors(q, c), k, **in_torch), expected)
+
+    radius = int(rng.integers(0, 5 * width))
+    lims, distances, ids = hamming_range(q, c, radius, **filters)
+    assert (lims.dtype, distances.dtype, ids.dtype) == (np.int64, np.int32, np.int64)
+    found = [np.flatnonzero(row <= radius) for row in barred]
+    found = [near[np.argsort(row[near], kind="stable")] for near, row in zip(found, barred, strict=True)]
+    np.testing.assert_array_equal(lims, np.cumsum([0, *map(len, found)]))
+    np.testing.assert_array_equal(ids, np.concatenate([*found, np.empty(0, np.int64)]))
+    rows = np.repeat(np.arange(queries), np.diff(lims))
+    np.testing.assert_array_equal(distances, differing[rows, ids])
+    assert_same(hamming_range(*tensors(q, c), radius, **in_torch), (lims, distances, ids))
+
+
+def test_hamming_range_equals_faiss_at_one_less() -> None:
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 10, 16), random_codes(rng, 5000, 16)
+    index = faiss.IndexBinaryFlat(128)
+    index.add(c)
+    lims, distances, ids = index.range_search(q, 52)
+    ours = hamming_range(q, c, 51)
+    np.testing.assert_array_equal(ours[0], lims)
+    for first, last in itertools.pairwise(ours[0]):
+        order = np.lexsort((ids[first:last], distances[first:last])) + first
+        np.testing.assert_array_equal(ours[1][first:last], distances[order])
+        np.testing.assert_array_equal(ours[2][first:last], ids[order])
+
+
+def test_hamming_range_takes_any_radius() -> None:
+    c = random_codes(np.random.default_rng(0), 3000, 16)
+    lims, distances, ids = hamming_range(c[:2], c, 2**70)
+    np.testing.assert_array_equal(lims, [0, 3000, 6000])
+    assert_same((distances[:3000], ids[:3000]), [part[0] for part in hamming_oracle(c[:1], c, 3000)])
+
+
 # ---- sdc ----
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8])
 @given(
     queries=st.integers(0, 12),
     codes=st.integers(1, 200),
@@ -176,17 +284,51 @@ def test_sdc_topk_is_exact(isa: str, bits: int, queries: int, codes: int, dim: i
     assert_same(sdc_topk(torch.from_numpy(q), in_torch, k), expected)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@given(
+    queries=st.integers(0, 12),
+    codes=st.integers(1, 1000),
+    kind=st.sampled_from(FILTERS),
+    k=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
+def test_filtered_sdc_topk_is_exact(
+    isa: str, bits: int, queries: int, codes: int, kind: str, k: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((codes, 20)).astype(np.float32)
+    encoded = sdc_encode(x[rng.integers(0, codes, codes)], bits)
+    q = sdc_encode(rng.standard_normal((queries, 20)).astype(np.float32), bits)
+    filters, allowed = filters_of(rng, kind, queries, codes)
+    k = min(k, codes)
+    scores, ids = sdc_oracle(q, encoded, codes)
+    passed = np.take_along_axis(allowed, ids, axis=1)
+    order = np.argsort(~passed, axis=1, kind="stable")[:, :k]
+    scores, ids, passed = (np.take_along_axis(part, order, axis=1) for part in (scores, ids, passed))
+    expected = np.where(passed, scores, -np.inf), np.where(passed, ids, -1)
+    assert_same(sdc_topk(q, encoded, k, **filters), expected)
+    in_torch = [SDCCodes(*tensors(some.codes, some.inverse_norms), bits, 20) for some in (q, encoded)]
+    filters = {name: torch.from_numpy(value) for name, value in filters.items()}
+    assert_same(sdc_topk(*in_torch, k, **filters), expected)
+    with fastembed.use_backend("reference"):
+        assert_same(sdc_topk(*in_torch, k, **filters), expected)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
 @given(rows=st.integers(0, 5), dim=st.integers(1, 150), scale=st.sampled_from([1e-30, 1.0, 1e30]))
 def test_sdc_encode_is_the_quantiser_it_says(isa: str, bits: int, rows: int, dim: int, scale: float) -> None:
     x = (np.random.default_rng(dim).standard_normal((rows, dim)) * scale).astype(np.float32)
     encoded = sdc_encode(x, bits)
-    step = {1: 1.0, 2: 0.9957, 3: 0.5860, 4: 0.3352}[bits] * np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=1))
+    step = (1.0, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)[bits - 1] * np.sqrt(
+        np.mean(np.square(x, dtype=np.float64), axis=1)
+    )
     half = 2 ** (bits - 1)
     thresholds = (np.arange(1 - half, half) * step[:, None]).astype(np.float32)
     c = (x[:, :, None] > thresholds[:, None, :]).sum(axis=-1)
     levels = 2 * c - (2**bits - 1)
     np.testing.assert_array_equal(encoded.levels(), levels)
+    in_torch = SDCCodes(*tensors(encoded.codes, encoded.inverse_norms), bits, dim)
+    np.testing.assert_array_equal(in_torch.levels(), levels)
     np.testing.assert_array_equal(
         encoded.inverse_norms, (1 / np.sqrt(np.square(levels).sum(axis=1))).astype(np.float32)
     )
@@ -201,7 +343,7 @@ def test_sdc_encode_loses_what_the_quantiser_must_lose() -> None:
     x = np.random.default_rng(0).standard_normal((200, 768)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     # Squared errors of the uniform quantisers of a normal source (Max 1960, table II) as cosines.
-    for bits, error in ((1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)):
+    for bits, error in ((1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (8, 8.77e-5)):
         encoded = sdc_encode(x, bits)
         cosines = (encoded.levels() * encoded.inverse_norms[:, None] * x).sum(axis=1)
         assert abs(cosines.mean() - np.sqrt(1 - error)) < 2e-3

@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 import fastembed
-from fastembed import SDCCodes, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk
+from fastembed import SDCCodes, hamming_range, hamming_topk, pack_bits, rescore, sdc_encode, sdc_topk, unpack_bits
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(50, 40, generator=GENERATOR)
@@ -17,16 +17,23 @@ BITS = pack_bits(X)
 SDC = sdc_encode(X, 2)
 IDS = torch.randint(0, 50, (50, 9), generator=GENERATOR)
 
+MASK = X[:, 0] > 0
+RANGES = torch.tensor([[0, 20], [30, 50]]).expand(5, 2, 2)
+
 OPS: dict[str, tuple[Any, ...]] = {
-    "pack_bits": (X,),
-    "hamming_topk": (BITS[:5], BITS, 3),
+    "pack_bits": (X, X[0]),
+    "unpack_bits": (BITS, 40),
+    "hamming_topk": (BITS[:5], BITS, 3, MASK, None, RANGES),
+    "hamming_range": (BITS[:5], BITS, 18, None, MASK.nonzero().squeeze(1), RANGES),
     "sdc_encode": (X, 2),
     "sdc_topk": (SDC.codes[:5], SDC.inverse_norms[:5], SDC.codes, SDC.inverse_norms, 2, 40, 3),
     "rescore": (X, X, IDS, 4),
 }
 NO_QUERIES: dict[str, tuple[Any, ...]] = {
     "pack_bits": (X[:0],),
+    "unpack_bits": (BITS[:0], 40),
     "hamming_topk": (BITS[:0], BITS, 3),
+    "hamming_range": (BITS[:0], BITS, 3),
     "sdc_encode": (X[:0], 3),
     "sdc_topk": (SDC.codes[:0], SDC.inverse_norms[:0], SDC.codes, SDC.inverse_norms, 2, 40, 3),
     "rescore": (X[:0], X, IDS[:0], 4),
@@ -113,8 +120,29 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: hamming_topk(N(BITS), BITS, 1), TypeError, "queries and codes must be all NumPy arrays or all tensors"),
     (lambda: hamming_topk(BITS, None, 1), TypeError, "codes must be a NumPy array or a tensor, got NoneType"),
     (lambda: hamming_topk(BITS, BITS.to("meta"), 1), ValueError, "codes must be on the device of the queries"),
-    (lambda: sdc_encode(X, 0), ValueError, "bits must be between 1 and 4, got 0"),
-    (lambda: sdc_encode(N(X), 5), ValueError, "bits must be between 1 and 4, got 5"),
+    (lambda: pack_bits(X, thresholds=X[0].double()), TypeError, "thresholds must be float32"),
+    (lambda: pack_bits(X, thresholds=X[0, 1:]), ValueError, "thresholds must have a value for each of 40 dims, got 39"),
+    (lambda: pack_bits(X, thresholds=N(X[0])), TypeError, "x and thresholds must be all NumPy arrays or all tensors"),
+    (lambda: unpack_bits(BITS, 41), ValueError, "codes must be 6 bytes wide for dim 41, got 5"),
+    (lambda: unpack_bits(X, 40), TypeError, "codes must be uint8"),
+    (lambda: unpack_bits(BITS, -1), ValueError, "dim must be at least 0, got -1"),
+    (lambda: hamming_range(BITS, BITS, -1), ValueError, "radius must be at least 0, got -1"),
+    (lambda: hamming_range(BITS, BITS, 1.5), TypeError, "radius must be an integer"),
+    (lambda: hamming_topk(BITS, BITS, 1, mask=MASK[1:]), ValueError, "mask must have a value for each of the 50 codes"),
+    (lambda: hamming_topk(BITS, BITS, 1, mask=X[:, 0]), TypeError, "mask must be bool or uint8"),
+    (lambda: hamming_topk(BITS, BITS, 1, mask=N(MASK)), TypeError, "must be all NumPy arrays or all tensors"),
+    (lambda: hamming_topk(BITS, BITS, 1, mask=MASK, ids=IDS[0]), ValueError, "mask and ids must not be given both"),
+    (lambda: hamming_topk(BITS, BITS, 1, ids=torch.tensor([3, 3])), ValueError, "ids must be strictly ascending"),
+    (lambda: hamming_topk(N(BITS), N(BITS), 1, ids=N([-1, 3])), IndexError, "row numbers of the 50 codes, got -1"),
+    (lambda: hamming_topk(BITS, BITS, 1, ids=torch.tensor([3, 50])), IndexError, "row numbers of the 50 codes, got 50"),
+    (lambda: hamming_topk(BITS, BITS, 1, ids=torch.tensor([3.0])), TypeError, "ids must be int64"),
+    (lambda: hamming_topk(BITS[:4], BITS, 1, ranges=RANGES), ValueError, r"ranges must have shape \[4, ranges per"),
+    (lambda: hamming_topk(BITS[:5], BITS, 1, ranges=RANGES + 1), IndexError, "within the 50 codes, got an end at 51"),
+    (lambda: hamming_topk(BITS[:5], BITS, 1, ranges=-RANGES), IndexError, "within the 50 codes, got an end at -50"),
+    (lambda: hamming_topk(BITS[:5], BITS, 1, ranges=RANGES.flip(2)), ValueError, "must not end before they begin"),
+    (lambda: sdc_topk(X, SDC, 1, mask=MASK[1:]), ValueError, "mask must have a value for each of the 50 codes"),
+    (lambda: sdc_encode(X, 0), ValueError, "bits must be between 1 and 8, got 0"),
+    (lambda: sdc_encode(N(X), 9), ValueError, "bits must be between 1 and 8, got 9"),
     (lambda: sdc_encode(X, 2.0), TypeError, "bits must be an integer"),
     (lambda: sdc_encode(X[0], 2), ValueError, "x must have shape"),
     (lambda: sdc_encode(X[:, :0], 2), ValueError, "x must have at least one dim"),
@@ -133,7 +161,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: SDCCodes(SDC.codes, SDC.inverse_norms[1:], 2, 40), ValueError, "inverse_norms must have one value"),
     (lambda: SDCCodes(SDC.codes, X, 2, 40), ValueError, r"inverse_norms must have shape \[rows\]"),
     (lambda: SDCCodes(SDC.codes, N(SDC.inverse_norms), 2, 40), TypeError, "must be all NumPy arrays or all tensors"),
-    (lambda: SDCCodes(SDC.codes, SDC.inverse_norms, 2, 0), ValueError, "dim must be at least 1, got 0"),
+    (lambda: SDCCodes(SDC.codes, SDC.inverse_norms, 2, 0), ValueError, "dim must be between 1 and 238609294, got 0"),
+    (lambda: SDCCodes(SDC.codes, SDC.inverse_norms, 8, 33026), ValueError, "dim must be between 1 and 33025, got"),
     (lambda: rescore(X, X, IDS, 10), ValueError, "k must be between 1 and 9, got 10"),
     (lambda: rescore(X, X, IDS + 49, 1), IndexError, "row numbers of the 50 documents, got"),
     (lambda: rescore(N(X), N(X), N(IDS - 50), 1), IndexError, "row numbers of the 50 documents, got -50"),

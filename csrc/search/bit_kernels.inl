@@ -147,14 +147,15 @@ struct BitKernels {
   template <int n, class Sums, class Hits>
   static void scan_group(const Block& block, int64_t words, const QueryGroup& queries, int64_t first, const Sums& sums,
                          const Hits& hits) {
+    const uint32_t* const members = queries.members + first;
     const uint64_t* query[n];
-    for (int j = 0; j < n; ++j) query[j] = static_cast<const uint64_t*>(queries.data) + (first + j) * words;
+    for (int j = 0; j < n; ++j) query[j] = static_cast<const uint64_t*>(queries.data) + members[j] * words;
     const uint64_t* code = static_cast<const uint64_t*>(block.data);
     for (int64_t row = 0; row < block.count; row += lanes, code += words * lanes) {
       Word result[n];
       sums(code, query, result);
 #pragma GCC unroll 8
-      for (int j = 0; j < n; ++j) hits(row, first + j, result[j]);
+      for (int j = 0; j < n; ++j) hits(row, members[j], result[j]);
     }
   }
 

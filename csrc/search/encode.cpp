@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/search.hpp"
 
@@ -25,9 +26,22 @@ void pack_row(const Integer* x, int64_t dim, uint8_t* code) {
   }
 }
 
+// The same with thresholds. A comparison with NaN is false.
+template <class T, class ToFloat>
+void pack_row_above(const T* x, const float* thresholds, int64_t dim, uint8_t* code, const ToFloat& to_float) {
+  for (int64_t d = 0; d < dim; d += 8) {
+    unsigned byte = 0;
+    for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) {
+      byte |= static_cast<unsigned>(to_float(x[d + j]) > thresholds[d + j]) << (7 - j);
+    }
+    code[d / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
 // Steps of the uniform quantiser of least squared error for a unit normal source, by bits per dim (Max, "Quantizing for
-// Minimum Distortion", 1960, table II). With 1 bit only the threshold at 0 is left and the step is of no account.
-constexpr double optimal_step[] = {0.0, 0.0, 0.9957, 0.5860, 0.3352};
+// Minimum Distortion", 1960, table II; beyond 5 bits by his conditions). With 1 bit only the threshold at 0 is left and
+// the step is of no account.
+constexpr double optimal_step[] = {0.0, 0.0, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308};
 
 // Returns false, having written nothing, when x holds a NaN or an infinity.
 bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inverse_norm) {
@@ -41,16 +55,16 @@ bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inv
 
   const double step = optimal_step[bits] * std::sqrt(total / static_cast<double>(dim));
   const int levels = 1 << bits;
-  float thresholds[15];
+  float thresholds[255];
   for (int t = 0; t < levels - 1; ++t) thresholds[t] = static_cast<float>((t + 1 - levels / 2) * step);
 
   const int64_t plane_bytes = ceil_div(dim, 8);
   int64_t squares = 0;
   for (int64_t d = 0; d < dim; d += 8) {
-    unsigned bytes[4] = {};
+    unsigned bytes[8] = {};
     for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) {
-      int c = 0;
-      for (int t = 0; t < levels - 1; ++t) c += x[d + j] > thresholds[t];
+      int c = 0;  // thresholds below x, by halving
+      for (int half = levels / 2; half > 0; half /= 2) c += x[d + j] > thresholds[c + half - 1] ? half : 0;
       const int level = 2 * c - (levels - 1);
       squares += level * level;
       for (int plane = 0; plane < bits; ++plane)
@@ -72,17 +86,29 @@ void for_rows(int64_t rows, int threads, const Row& body) {
 
 }  // namespace
 
-void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, uint8_t* codes, int threads) {
+void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, const float* thresholds, uint8_t* codes,
+               int threads) {
   const int64_t bytes = ceil_div(dim, 8);
+  const auto row_of = [&](auto type, int64_t row) { return static_cast<const decltype(type)*>(x) + row * dim; };
   for_rows(rows, threads, [&](int64_t row) {
     uint8_t* const code = codes + row * bytes;
+    if (thresholds == nullptr) {
+      switch (dtype) {
+        case DType::f32:
+          return pack_row<int32_t, 0x7f800000>(row_of(int32_t{}, row), dim, code);
+        case DType::bf16:
+          return pack_row<int16_t, 0x7f80>(row_of(int16_t{}, row), dim, code);
+        case DType::f16:
+          return pack_row<int16_t, 0x7c00>(row_of(int16_t{}, row), dim, code);
+      }
+    }
     switch (dtype) {
       case DType::f32:
-        return pack_row<int32_t, 0x7f800000>(static_cast<const int32_t*>(x) + row * dim, dim, code);
+        return pack_row_above(row_of(float{}, row), thresholds, dim, code, [](float value) { return value; });
       case DType::bf16:
-        return pack_row<int16_t, 0x7f80>(static_cast<const int16_t*>(x) + row * dim, dim, code);
+        return pack_row_above(row_of(uint16_t{}, row), thresholds, dim, code, bf16_to_float);
       case DType::f16:
-        return pack_row<int16_t, 0x7c00>(static_cast<const int16_t*>(x) + row * dim, dim, code);
+        return pack_row_above(row_of(uint16_t{}, row), thresholds, dim, code, f16_to_float);
     }
   });
 }

@@ -21,14 +21,22 @@ struct Rows {
 // 64-bit words of a bit plane; its last word is padded with zeros.
 constexpr int64_t words_of(int64_t bytes) { return (bytes + 7) / 8; }
 
-// Packed words of 3-bit and 4-bit codes: 8 dimensions each, 32 together.
+// Codes by levels are packed in words of 8 dimensions, 4 words for 32 dimensions. With up to 4 bits that is a 32-bit
+// word, else two, and the sum of the code stands behind the last one.
 constexpr int64_t level_words(int64_t plane_bytes) { return (plane_bytes + 3) / 4 * 4; }
+constexpr int64_t level_dwords(int64_t words, int bits) { return bits <= 4 ? words : 2 * words + 1; }
 
 // The dimension that level `index` of a packed query belongs to; beyond the last one the level is 0.
 constexpr int64_t dim_of_level(int64_t index) {
   const int64_t word = index / 32, s = index / 8 % 4, half = index / 4 % 2, byte = index % 4;
   return word * 32 + byte * 8 + 7 - (s + 4 * half);
 }
+
+// A dot product of levels is  code_query * <c, q> + code * sum(c) + constant  in 32-bit arithmetic that wraps around,
+// c being the unsigned codes and q the signed bytes that stand for a query.
+struct DotTerms {
+  int32_t code_query, code, constant;
+};
 
 struct Block {
   const void* data;            // as `pack_*` of the same table left it
@@ -37,13 +45,15 @@ struct Block {
   const float* inverse_norms;  // of its codes; SDC only
 };
 
-// `count` queries, each `data` advanced by one packed query, with one Candidates each.
+// Queries that meet a block: numbers in the packed queries at `data`, in the candidates and in what else there is of
+// each query.
 struct QueryGroup {
   const void* data;
-  int64_t count;
+  const uint32_t* members;
+  int64_t count;  // of members
   Candidates* candidates;
   const float* inverse_norms;  // SDC only
-  const int32_t* level_sums;   // SDC with 3 or 4 bits only: the sum of the levels of each query
+  const DotTerms* dot_terms;   // SDC by levels only
 };
 
 struct Kernels {
@@ -62,8 +72,7 @@ struct Kernels {
   void (*pack_planes)(const Rows& codes, int bits, uint64_t* block);
   void (*scan_planes)(const Block& block, int64_t words, int bits, int64_t dim, const QueryGroup& queries);
 
-  // SDC with 3 or 4 bits: dot products of the codes with the levels of the queries, level_words(bytes / bits) packed
-  // words of 8 dimensions per code.
+  // SDC with 3 to 8 bits: dot products of bytes, level_words(bytes / bits) packed words per code.
   void (*pack_levels)(const Rows& codes, int bits, uint32_t* block);
   void (*scan_levels)(const Block& block, int64_t words, int bits, const QueryGroup& queries);
 };

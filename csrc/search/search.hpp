@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "common/dtype.hpp"
 
@@ -10,19 +12,51 @@ namespace fastembed::search {
 
 struct Matrix {
   const uint8_t* data;
-  int64_t rows;
+  int64_t rows;   // less than 2^32
   int64_t bytes;  // of a row
   int64_t stride;
 };
 
-// bit = x > 0, most significant bit first; x is contiguous, codes [rows, ceil(dim / 8)].
-void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, uint8_t* codes, int threads);
+// The codes that a search looks at: the rows that pass every filter there is. A count of -1: no such filter.
+struct Selection {
+  const int64_t* ids;  // ascending row numbers
+  int64_t id_count;
+  const int64_t*
+      ranges;  // [queries, range_count, 2]: first row and the one past the last; those of a query may overlap
+  int64_t range_count;
 
-// The k codes of smallest Hamming distance to each query, ordered by (distance, id). 1 <= k <= codes.rows.
-void hamming_topk(const Matrix& queries, const Matrix& codes, int64_t k, int32_t* distances, int64_t* ids, int threads);
+  bool has_ids() const { return id_count >= 0; }
+  bool has_ranges() const { return range_count >= 0; }
+};
 
-// Codes of `bits` bit planes, most significant first, each ceil(dim / 8) bytes packed as by pack_bits, and 1 / norm of
-// each vector of levels. Returns the first row with a value that is not finite, or -1.
+// bit = x > threshold, most significant bit first; x is contiguous, codes [rows, ceil(dim / 8)]. Without thresholds
+// they are 0.
+void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, const float* thresholds, uint8_t* codes,
+               int threads);
+
+// The k codes of smallest Hamming distance to each query, ordered by (distance, id). Behind the last code selected
+// stand distance INT32_MAX and id -1.
+void hamming_topk(const Matrix& queries, const Matrix& codes, const Selection& selection, int64_t k, int32_t* distances,
+                  int64_t* ids, int threads);
+
+// What a range search found.
+struct RangeResult {
+  std::vector<int64_t> lims;                       // [queries + 1]: results lims[q] up to lims[q + 1] are query q's
+  std::vector<std::unique_ptr<uint64_t[]>> found;  // of each query: distance << 32 | id
+
+  RangeResult() = default;
+  RangeResult(RangeResult&&) = default;
+
+  // distances and ids: [lims.back()].
+  void write(int32_t* distances, int64_t* ids) const;
+};
+
+// The codes within `radius` of each query, ordered by (distance, id).
+RangeResult hamming_range(const Matrix& queries, const Matrix& codes, const Selection& selection, int64_t radius,
+                          int threads);
+
+// Codes of `bits` bit planes, 1 to 8, most significant first, each ceil(dim / 8) bytes packed as by pack_bits, and
+// 1 / norm of each vector of levels. Returns the first row with a value that is not finite, or -1.
 int64_t sdc_encode(const float* x, int64_t rows, int64_t dim, int bits, uint8_t* codes, float* inverse_norms,
                    int threads);
 
@@ -31,9 +65,10 @@ struct SdcMatrix {
   const float* inverse_norms;
 };
 
-// The k codes of largest cosine to each query, ordered by (-score, id). 1 <= k <= codes.rows.
-void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, int64_t dim, int bits, int64_t k, float* scores,
-              int64_t* ids, int threads);
+// The k codes of largest cosine to each query, ordered by (-score, id). Behind the last code selected stand score
+// -infinity and id -1. dim * (2^bits - 1)^2 < 2^31.
+void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
+              int64_t k, float* scores, int64_t* ids, int threads);
 
 // For each query the k of its `count` candidate documents with the largest dot product, ordered by (-score, id).
 // Contiguous: queries [rows, dim], candidates [rows, count], each in [0, documents).

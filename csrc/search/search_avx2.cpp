@@ -130,16 +130,30 @@ struct Dwords256 {
       }
     }
   }
-  // Two products of at most 15 * 15 fit 16 bits.
-  static Word add_dot(Word sums, Word codes, const int8_t* query) {
+  static Word levels_of(const int8_t* query) {
     int32_t levels;
     __builtin_memcpy(&levels, query, sizeof levels);
-    const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(levels));
+    return _mm256_set1_epi32(levels);
+  }
+  // Two products of at most 15 * 128 fit 16 bits.
+  static Word add_dot(Word sums, Word codes, const int8_t* query) {
+    const __m256i pairs = _mm256_maddubs_epi16(codes, levels_of(query));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static uint32_t scores_above(Word sums, int32_t offset, const float* inverse_norms, int64_t count,
-                               float query_inverse_norm, float limit, float* score) {
-    const __m256i dots = _mm256_sub_epi32(_mm256_add_epi32(sums, sums), _mm256_set1_epi32(offset));
+  // Two products of 255 * 128 do not: one half of the codes after the other.
+  static Word add_dot_wide(Word sums, Word codes, const int8_t* query) {
+    const __m256i levels = levels_of(query);
+    const __m256i low = _mm256_maddubs_epi16(low_halves(codes), levels);
+    const __m256i high = _mm256_maddubs_epi16(high_halves(codes), levels);
+    return _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
+                                                   _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
+  }
+  static Word add(Word a, Word b) { return _mm256_add_epi32(a, b); }
+  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
+    return _mm256_add_epi32(_mm256_set1_epi32(constant), _mm256_mullo_epi32(a, _mm256_set1_epi32(factor)));
+  }
+  static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
+                               float limit, float* score) {
     return avx2::scores_above(dots, inverse_norms, count, query_inverse_norm, limit, score);
   }
 };

@@ -142,9 +142,13 @@ struct Dwords512 {
     __builtin_memcpy(&levels, query, sizeof levels);
     return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(levels));
   }
-  static uint32_t scores_above(Word sums, int32_t offset, const float* inverse_norms, int64_t count,
-                               float query_inverse_norm, float limit, float* score) {
-    const __m512i dots = _mm512_sub_epi32(_mm512_add_epi32(sums, sums), _mm512_set1_epi32(offset));
+  static Word add_dot_wide(Word sums, Word codes, const int8_t* query) { return add_dot(sums, codes, query); }
+  static Word add(Word a, Word b) { return _mm512_add_epi32(a, b); }
+  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
+    return _mm512_add_epi32(_mm512_set1_epi32(constant), _mm512_mullo_epi32(a, _mm512_set1_epi32(factor)));
+  }
+  static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
+                               float limit, float* score) {
     const auto lane_mask = static_cast<__mmask16>(first_bytes(count));
     const __m512 code = _mm512_maskz_loadu_ps(lane_mask, inverse_norms);
     const __m512 query = _mm512_set1_ps(query_inverse_norm);

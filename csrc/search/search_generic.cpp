@@ -84,10 +84,14 @@ struct Word32 {
     for (int i = 0; i < 4; ++i) dot += static_cast<int32_t>(codes >> (8 * i) & 255) * levels[i];
     return sum + static_cast<uint32_t>(dot);
   }
-  static uint32_t scores_above(Word sum, int32_t offset, const float* inverse_norms, int64_t, float query_inverse_norm,
-                               float limit, float* score) {
-    const int32_t dot = 2 * static_cast<int32_t>(sum) - offset;
-    *score = static_cast<float>(dot) * *inverse_norms * query_inverse_norm;
+  static Word add_dot_wide(Word sum, Word codes, const int8_t* levels) { return add_dot(sum, codes, levels); }
+  static Word add(Word a, Word b) { return a + b; }
+  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
+    return static_cast<uint32_t>(constant) + a * static_cast<uint32_t>(factor);
+  }
+  static uint32_t scores_above(Word dot, const float* inverse_norms, int64_t, float query_inverse_norm, float limit,
+                               float* score) {
+    *score = static_cast<float>(static_cast<int32_t>(dot)) * *inverse_norms * query_inverse_norm;
     return *score > limit;
   }
 };

@@ -6,7 +6,9 @@ import numpy as np
 
 from .. import _native, backends
 
-MAX_SDC_BITS = 4
+MAX_SDC_BITS = 8
+# Row numbers are 32 bits wide in the kernels.
+MAX_ROWS = 2**32 - 1
 INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
 
 
@@ -20,6 +22,7 @@ def _dtypes(*names: str) -> frozenset[Any]:
 FLOATS = _dtypes("float32", "float16", "bfloat16", "float64")
 FLOAT32 = _dtypes("float32")
 UINT8 = _dtypes("uint8")
+MASKS = _dtypes("bool", "uint8")
 INT64 = _dtypes("int64")
 OFFSETS = _dtypes("int32", "int64")
 
@@ -29,19 +32,92 @@ def code_bytes(dim: int) -> int:
     return (dim + 7) // 8
 
 
-def check_pack_bits(x: Any) -> None:
+def check_pack_bits(x: Any, thresholds: Any) -> None:
     _check_dtype("x", x, FLOATS)
     if x.ndim == 0:
         raise ValueError("x must have at least one axis, got a scalar")
+    if thresholds is None:
+        return
+    check_array("thresholds", thresholds, 1, FLOAT32)
+    _check_device(x, thresholds, "thresholds", "x")
+    if thresholds.shape[0] != x.shape[-1]:
+        raise ValueError(f"thresholds must have a value for each of {x.shape[-1]} dims, got {thresholds.shape[0]}")
 
 
-def check_hamming_topk(queries: Any, codes: Any, k: int) -> None:
+def check_unpack_bits(codes: Any, dim: int) -> None:
+    _check_dtype("codes", codes, UINT8)
+    if codes.ndim == 0:
+        raise ValueError("codes must have at least one axis, got a scalar")
+    check_integer("dim", dim, 0)
+    if codes.shape[-1] != code_bytes(dim):
+        raise ValueError(f"codes must be {code_bytes(dim)} bytes wide for dim {dim}, got {codes.shape[-1]}")
+
+
+def check_hamming_topk(queries: Any, codes: Any, k: int, mask: Any, ids: Any, ranges: Any) -> None:
+    _check_hamming(queries, codes)
+    check_integer("k", k, 1, codes.shape[0])
+    check_filters(queries, codes, mask, ids, ranges)
+
+
+def check_hamming_range(queries: Any, codes: Any, radius: int, mask: Any, ids: Any, ranges: Any) -> None:
+    _check_hamming(queries, codes)
+    check_integer("radius", radius, 0)
+    check_filters(queries, codes, mask, ids, ranges)
+
+
+def _check_hamming(queries: Any, codes: Any) -> None:
     check_array("queries", queries, 2, UINT8)
     check_array("codes", codes, 2, UINT8)
     _check_device(queries, codes, "codes")
     if queries.shape[1] != codes.shape[1]:
         raise ValueError(f"queries must have the {codes.shape[1]} bytes of the codes, got {queries.shape[1]}")
-    check_integer("k", k, 1, codes.shape[0])
+
+
+def check_filters(queries: Any, codes: Any, mask: Any, ids: Any, ranges: Any) -> None:
+    """What can be said about the filters of a search without looking into them."""
+    rows = codes.shape[0]
+    if rows > MAX_ROWS:
+        raise ValueError(f"codes must have at most {MAX_ROWS} rows, got {rows}")
+    if mask is not None:
+        if ids is not None:
+            raise ValueError("mask and ids must not be given both")
+        check_array("mask", mask, 1, MASKS)
+        _check_device(queries, mask, "mask")
+        if mask.shape[0] != rows:
+            raise ValueError(f"mask must have a value for each of the {rows} codes, got {mask.shape[0]}")
+    if ids is not None:
+        check_array("ids", ids, 1, INT64)
+        _check_device(queries, ids, "ids")
+    if ranges is not None:
+        check_array("ranges", ranges, 3, INT64)
+        _check_device(queries, ranges, "ranges")
+        if ranges.shape[0] != queries.shape[0] or ranges.shape[2] != 2:
+            raise ValueError(
+                f"ranges must have shape [{queries.shape[0]}, ranges per query, 2] for {queries.shape[0]} queries, "
+                f"got {list(ranges.shape)}"
+            )
+
+
+def within_codes(radius: int, codes: Any) -> int:
+    """The radius, but no larger than any distance."""
+    return min(radius, 8 * codes.shape[1])
+
+
+def check_filter_values(rows: int, ids: Any, ranges: Any) -> None:
+    """Raise IndexError for row numbers that are none of `rows`, ValueError for ids or range ends out of order."""
+    if ids is not None and ids.shape[0]:
+        if ids.shape[0] > 1 and not bool((ids[1:] > ids[:-1]).all()):
+            raise ValueError("ids must be strictly ascending")
+        if ids[0] < 0 or ids[-1] >= rows:
+            wrong = ids[0] if ids[0] < 0 else ids[-1]
+            raise IndexError(f"ids must be row numbers of the {rows} codes, got {int(wrong)}")
+    if ranges is not None and 0 not in ranges.shape:
+        smallest, largest = int(ranges.min()), int(ranges.max())
+        if smallest < 0 or largest > rows:
+            wrong = smallest if smallest < 0 else largest
+            raise IndexError(f"ranges must lie within the {rows} codes, got an end at {wrong}")
+        if not bool((ranges[..., 0] <= ranges[..., 1]).all()):
+            raise ValueError("ranges must not end before they begin")
 
 
 def check_sdc_encode(x: Any, bits: int) -> None:
@@ -54,7 +130,8 @@ def check_sdc_encode(x: Any, bits: int) -> None:
 def check_sdc_codes(codes: Any, inverse_norms: Any, bits: int, dim: int) -> None:
     are_tensors(codes=codes, inverse_norms=inverse_norms)
     check_integer("bits", bits, 1, MAX_SDC_BITS)
-    check_integer("dim", dim, 1)
+    # Dot products are 32-bit integers.
+    check_integer("dim", dim, 1, (2**31 - 1) // (2**bits - 1) ** 2)
     check_array("codes", codes, 2, UINT8)
     check_array("inverse_norms", inverse_norms, 1, FLOAT32)
     width = bits * code_bytes(dim)
@@ -66,12 +143,24 @@ def check_sdc_codes(codes: Any, inverse_norms: Any, bits: int, dim: int) -> None
         )
 
 
-def check_sdc_topk(queries: Any, query_norms: Any, codes: Any, code_norms: Any, bits: int, dim: int, k: int) -> None:
+def check_sdc_topk(
+    queries: Any,
+    query_norms: Any,
+    codes: Any,
+    code_norms: Any,
+    bits: int,
+    dim: int,
+    k: int,
+    mask: Any,
+    ids: Any,
+    ranges: Any,
+) -> None:
     check_sdc_codes(queries, query_norms, bits, dim)
     check_sdc_codes(codes, code_norms, bits, dim)
     for other in (query_norms, codes, code_norms):
         _check_device(queries, other, "codes")
     check_integer("k", k, 1, codes.shape[0])
+    check_filters(queries, codes, mask, ids, ranges)
 
 
 def check_rescore(queries: Any, documents: Any, candidate_ids: Any, k: int) -> None:
@@ -129,7 +218,7 @@ def _is_tensor(name: str, value: Any) -> bool:
 def check_array(name: str, value: Any, ndim: int, dtypes: frozenset[Any]) -> None:
     _check_dtype(name, value, dtypes)
     if value.ndim != ndim:
-        axes = "[rows, columns]" if ndim == 2 else "[rows]"
+        axes = ("[rows]", "[rows, columns]", "[queries, ranges per query, 2]")[ndim - 1]
         raise ValueError(f"{name} must have shape {axes}, got {list(value.shape)}")
 
 
@@ -139,9 +228,9 @@ def _check_dtype(name: str, value: Any, dtypes: frozenset[Any]) -> None:
         raise TypeError(f"{name} must be {names}, got {value.dtype}")
 
 
-def _check_device(queries: Any, other: Any, name: str) -> None:
-    if hasattr(queries, "device") and queries.device != other.device:
-        raise ValueError(f"{name} must be on the device of the queries, {queries.device}, got {other.device}")
+def _check_device(reference: Any, other: Any, name: str, of: str = "the queries") -> None:
+    if hasattr(reference, "device") and reference.device != other.device:
+        raise ValueError(f"{name} must be on the device of {of}, {reference.device}, got {other.device}")
 
 
 def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:

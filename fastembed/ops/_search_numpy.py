@@ -11,31 +11,65 @@ from . import _search_checks as checks
 _KERNEL_DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}
 
 
-def pack_bits(x: np.ndarray) -> np.ndarray:
-    checks.check_pack_bits(x)
+Array = np.ndarray
+
+
+def pack_bits(x: Array, thresholds: Array | None) -> Array:
+    checks.check_pack_bits(x, thresholds)
     if x.dtype not in _KERNEL_DTYPES:
-        return np.packbits(x > 0, axis=-1)
+        return np.packbits(x > (0 if thresholds is None else thresholds), axis=-1)
     x = _dense(x)
     codes = np.empty((*x.shape[:-1], checks.code_bytes(x.shape[-1])), np.uint8)
     rows = int(np.prod(x.shape[:-1], dtype=np.int64))
-    core.pack_bits(core.address(x), _KERNEL_DTYPES[x.dtype], rows, x.shape[-1], core.address(codes), num_threads())
+    thresholds = None if thresholds is None else _dense(thresholds)
+    core.pack_bits(
+        *(core.address(x), _KERNEL_DTYPES[x.dtype], rows, x.shape[-1]),
+        *(0 if thresholds is None else core.address(thresholds), core.address(codes), num_threads()),
+    )
     return codes
 
 
-def hamming_topk(queries: np.ndarray, codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    checks.check_hamming_topk(queries, codes, k)
+def unpack_bits(codes: Array, dim: int) -> Array:
+    checks.check_unpack_bits(codes, dim)
+    return np.unpackbits(codes, axis=-1, count=dim)
+
+
+def hamming_topk(
+    queries: Array, codes: Array, k: int, mask: Array | None, ids: Array | None, ranges: Array | None
+) -> tuple[Array, Array]:
+    checks.check_hamming_topk(queries, codes, k, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
     queries, codes = _byte_rows(queries), _byte_rows(codes)
     distances = np.empty((len(queries), k), np.int32)
-    ids = np.empty((len(queries), k), np.int64)
+    found = np.empty((len(queries), k), np.int64)
     core.hamming_topk(
         *(core.address(queries), len(queries), queries.strides[0]),
-        *(core.address(codes), len(codes), codes.strides[0]),
-        *(codes.shape[1], k, core.address(distances), core.address(ids), num_threads()),
+        *(core.address(codes), len(codes), codes.strides[0], codes.shape[1]),
+        selection.parts,
+        *(k, core.address(distances), core.address(found), num_threads()),
     )
-    return distances, ids
+    return distances, found
 
 
-def sdc_encode(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def hamming_range(
+    queries: Array, codes: Array, radius: int, mask: Array | None, ids: Array | None, ranges: Array | None
+) -> tuple[Array, Array, Array]:
+    checks.check_hamming_range(queries, codes, radius, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
+    queries, codes = _byte_rows(queries), _byte_rows(codes)
+    result = core.hamming_range(
+        *(core.address(queries), len(queries), queries.strides[0]),
+        *(core.address(codes), len(codes), codes.strides[0], codes.shape[1]),
+        selection.parts,
+        *(checks.within_codes(radius, codes), num_threads()),
+    )
+    lims, distances = np.empty(len(queries) + 1, np.int64), np.empty(result.total, np.int32)
+    found = np.empty(result.total, np.int64)
+    result.write(core.address(lims), core.address(distances), core.address(found))
+    return lims, distances, found
+
+
+def sdc_encode(x: Array, bits: int) -> tuple[Array, Array]:
     checks.check_sdc_encode(x, bits)
     x = _dense(x, np.float32)
     codes = np.empty((len(x), bits * checks.code_bytes(x.shape[1])), np.uint8)
@@ -56,37 +90,42 @@ def sdc_encode(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return codes, inverse_norms
 
 
-def sdc_levels(codes: np.ndarray, bits: int, dim: int) -> np.ndarray:
+def sdc_levels(codes: Array, bits: int, dim: int) -> Array:
     planes = np.unpackbits(codes.reshape(len(codes), bits, checks.code_bytes(dim)), axis=-1)[..., :dim]
-    weights = 2 ** np.arange(bits - 1, -1, -1, dtype=np.int8)
-    return 2 * (planes * weights[:, None]).sum(axis=1, dtype=np.int8) - np.int8(2**bits - 1)
+    dtype: Any = np.int8 if bits < 8 else np.int16
+    weights = 2 ** np.arange(bits - 1, -1, -1, dtype=dtype)
+    return 2 * (planes * weights[:, None]).sum(axis=1, dtype=dtype) - dtype(2**bits - 1)
 
 
 def sdc_topk(
-    queries: np.ndarray,
-    query_inverse_norms: np.ndarray,
-    codes: np.ndarray,
-    inverse_norms: np.ndarray,
+    queries: Array,
+    query_inverse_norms: Array,
+    codes: Array,
+    inverse_norms: Array,
     bits: int,
     dim: int,
     k: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    checks.check_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k)
+    mask: Array | None,
+    ids: Array | None,
+    ranges: Array | None,
+) -> tuple[Array, Array]:
+    checks.check_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
     queries, codes = _byte_rows(queries), _byte_rows(codes)
     query_inverse_norms, inverse_norms = _dense(query_inverse_norms), _dense(inverse_norms)
     scores = np.empty((len(queries), k), np.float32)
-    ids = np.empty((len(queries), k), np.int64)
+    found = np.empty((len(queries), k), np.int64)
     core.sdc_topk(
         *(core.address(queries), core.address(query_inverse_norms), len(queries), queries.strides[0]),
         *(core.address(codes), core.address(inverse_norms), len(codes), codes.strides[0]),
-        *(dim, bits, k, core.address(scores), core.address(ids), num_threads()),
+        *(dim, bits),
+        selection.parts,
+        *(k, core.address(scores), core.address(found), num_threads()),
     )
-    return scores, ids
+    return scores, found
 
 
-def rescore(
-    queries: np.ndarray, documents: np.ndarray, candidate_ids: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> tuple[Array, Array]:
     checks.check_rescore(queries, documents, candidate_ids, k)
     checks.check_candidates(candidate_ids, len(documents))
     named = None
@@ -111,11 +150,25 @@ def rescore(
     return scores, ids if named is None else named[ids]
 
 
-def _dense(x: np.ndarray, dtype: Any = None) -> np.ndarray:
+class _Selection:
+    """The filters of a search as the kernels take them; holds on to the arrays that `parts` points into."""
+
+    def __init__(self, codes: Array, mask: Array | None, ids: Array | None, ranges: Array | None) -> None:
+        checks.check_filter_values(len(codes), ids, ranges)
+        ids = np.flatnonzero(mask) if mask is not None else ids
+        self._ids = None if ids is None else _dense(ids, np.int64)
+        self._ranges = None if ranges is None else _dense(ranges)
+        self.parts = (
+            *((0, -1) if self._ids is None else (core.address(self._ids), len(self._ids))),
+            *((0, -1) if self._ranges is None else (core.address(self._ranges), self._ranges.shape[1])),
+        )
+
+
+def _dense(x: Array, dtype: Any = None) -> Array:
     """Row-major and aligned: as it is, or copied."""
     return np.require(x, dtype, ["C", "A"])
 
 
-def _byte_rows(codes: np.ndarray) -> np.ndarray:
+def _byte_rows(codes: Array) -> Array:
     """The codes with the bytes of each row adjacent: as they are, or copied."""
     return codes if codes.strides[1] == 1 else np.ascontiguousarray(codes)

@@ -9,41 +9,114 @@ from ..reference.search import sdc_levels
 from . import _search_checks as checks
 from ._registry import Op
 
-__all__ = ["hamming_topk", "pack_bits", "rescore", "sdc_encode", "sdc_levels", "sdc_topk"]
+__all__ = [
+    "hamming_range",
+    "hamming_topk",
+    "pack_bits",
+    "rescore",
+    "sdc_encode",
+    "sdc_levels",
+    "sdc_topk",
+    "unpack_bits",
+]
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _cpu_pack_bits(x: Tensor) -> Tensor:
-    checks.check_pack_bits(x)
+def _cpu_pack_bits(x: Tensor, thresholds: Tensor | None = None) -> Tensor:
+    codes = _fake_pack_bits(x, thresholds)
     x = x.contiguous()
-    codes = _fake_pack_bits(x)
+    thresholds = None if thresholds is None else thresholds.contiguous()
     core.pack_bits(
-        x.data_ptr(), _KERNEL_DTYPES[x.dtype], x.shape[:-1].numel(), x.shape[-1], codes.data_ptr(), num_threads()
+        *(x.data_ptr(), _KERNEL_DTYPES[x.dtype], x.shape[:-1].numel(), x.shape[-1]),
+        *(0 if thresholds is None else thresholds.data_ptr(), codes.data_ptr(), num_threads()),
     )
     return codes
 
 
-def _fake_pack_bits(x: Tensor) -> Tensor:
-    checks.check_pack_bits(x)
+def _fake_pack_bits(x: Tensor, thresholds: Tensor | None = None) -> Tensor:
+    checks.check_pack_bits(x, thresholds)
     return x.new_empty((*x.shape[:-1], checks.code_bytes(x.shape[-1])), dtype=torch.uint8)
 
 
-def _cpu_hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    distances, ids = _fake_hamming_topk(queries, codes, k)
+def _fake_unpack_bits(codes: Tensor, dim: int) -> Tensor:
+    checks.check_unpack_bits(codes, dim)
+    return codes.new_empty((*codes.shape[:-1], dim))
+
+
+def _cpu_hamming_topk(
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    distances, found = _fake_hamming_topk(queries, codes, k, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
     queries, codes = _byte_rows(queries), _byte_rows(codes)
     core.hamming_topk(
         *(queries.data_ptr(), queries.shape[0], queries.stride(0)),
-        *(codes.data_ptr(), codes.shape[0], codes.stride(0)),
-        *(codes.shape[1], k, distances.data_ptr(), ids.data_ptr(), num_threads()),
+        *(codes.data_ptr(), codes.shape[0], codes.stride(0), codes.shape[1]),
+        selection.parts,
+        *(k, distances.data_ptr(), found.data_ptr(), num_threads()),
     )
-    return distances, ids
+    return distances, found
 
 
-def _fake_hamming_topk(queries: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    checks.check_hamming_topk(queries, codes, k)
+def _fake_hamming_topk(
+    queries: Tensor,
+    codes: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    checks.check_hamming_topk(queries, codes, k, mask, ids, ranges)
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.int32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _cpu_hamming_range(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_hamming_range(queries, codes, radius, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
+    queries, codes = _byte_rows(queries), _byte_rows(codes)
+    result = core.hamming_range(
+        *(queries.data_ptr(), queries.shape[0], queries.stride(0)),
+        *(codes.data_ptr(), codes.shape[0], codes.stride(0), codes.shape[1]),
+        selection.parts,
+        *(checks.within_codes(radius, codes), num_threads()),
+    )
+    lims, distances, found = _range_outputs(queries, result.total)
+    result.write(lims.data_ptr(), distances.data_ptr(), found.data_ptr())
+    return lims, distances, found
+
+
+def _fake_hamming_range(
+    queries: Tensor,
+    codes: Tensor,
+    radius: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_hamming_range(queries, codes, radius, mask, ids, ranges)
+    return _range_outputs(queries, torch.library.get_ctx().new_dynamic_size())
+
+
+def _range_outputs(queries: Tensor, total: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        queries.new_empty(queries.shape[0] + 1, dtype=torch.int64),
+        queries.new_empty(total, dtype=torch.int32),
+        queries.new_empty(total, dtype=torch.int64),
+    )
 
 
 def _cpu_sdc_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -64,23 +137,44 @@ def _fake_sdc_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_sdc_topk(
-    queries: Tensor, query_inverse_norms: Tensor, codes: Tensor, inverse_norms: Tensor, bits: int, dim: int, k: int
+    queries: Tensor,
+    query_inverse_norms: Tensor,
+    codes: Tensor,
+    inverse_norms: Tensor,
+    bits: int,
+    dim: int,
+    k: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    scores, ids = _fake_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k)
+    scores, found = _fake_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
+    selection = _Selection(codes, mask, ids, ranges)
     queries, codes = _byte_rows(queries), _byte_rows(codes)
     query_inverse_norms, inverse_norms = query_inverse_norms.contiguous(), inverse_norms.contiguous()
     core.sdc_topk(
         *(queries.data_ptr(), query_inverse_norms.data_ptr(), queries.shape[0], queries.stride(0)),
         *(codes.data_ptr(), inverse_norms.data_ptr(), codes.shape[0], codes.stride(0)),
-        *(dim, bits, k, scores.data_ptr(), ids.data_ptr(), num_threads()),
+        *(dim, bits),
+        selection.parts,
+        *(k, scores.data_ptr(), found.data_ptr(), num_threads()),
     )
-    return scores, ids
+    return scores, found
 
 
 def _fake_sdc_topk(
-    queries: Tensor, query_inverse_norms: Tensor, codes: Tensor, inverse_norms: Tensor, bits: int, dim: int, k: int
+    queries: Tensor,
+    query_inverse_norms: Tensor,
+    codes: Tensor,
+    inverse_norms: Tensor,
+    bits: int,
+    dim: int,
+    k: int,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    checks.check_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k)
+    checks.check_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
@@ -102,21 +196,48 @@ def _fake_rescore(queries: Tensor, documents: Tensor, candidate_ids: Tensor, k: 
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
+class _Selection:
+    """The filters of a search as the kernels take them; holds on to the tensors that `parts` points into."""
+
+    def __init__(self, codes: Tensor, mask: Tensor | None, ids: Tensor | None, ranges: Tensor | None) -> None:
+        checks.check_filter_values(codes.shape[0], ids, ranges)
+        ids = mask.nonzero().squeeze(1) if mask is not None else ids
+        self._ids = None if ids is None else ids.contiguous()
+        self._ranges = None if ranges is None else ranges.contiguous()
+        self.parts = (
+            *((0, -1) if self._ids is None else (self._ids.data_ptr(), self._ids.shape[0])),
+            *((0, -1) if self._ranges is None else (self._ranges.data_ptr(), self._ranges.shape[1])),
+        )
+
+
 def _byte_rows(codes: Tensor) -> Tensor:
     """The codes with the bytes of each row adjacent: as they are, or copied."""
     return codes if codes.stride(1) == 1 else codes.contiguous()
 
 
+_FILTERS = "Tensor? mask=None, Tensor? ids=None, Tensor? ranges=None"
+
 pack_bits = Op(
-    "pack_bits(Tensor x) -> Tensor",
+    "pack_bits(Tensor x, Tensor? thresholds=None) -> Tensor",
     implementations={"cpu": _cpu_pack_bits, "reference": reference.pack_bits},
     fake=_fake_pack_bits,
     accepts={"cpu": frozenset(_KERNEL_DTYPES)},
 )
+unpack_bits = Op(
+    "unpack_bits(Tensor codes, SymInt dim) -> Tensor",
+    implementations={"reference": reference.unpack_bits},
+    fake=_fake_unpack_bits,
+)
 hamming_topk = Op(
-    "hamming_topk(Tensor queries, Tensor codes, SymInt k) -> (Tensor distances, Tensor ids)",
+    f"hamming_topk(Tensor queries, Tensor codes, SymInt k, {_FILTERS}) -> (Tensor distances, Tensor ids)",
     implementations={"cpu": _cpu_hamming_topk, "reference": reference.hamming_topk},
     fake=_fake_hamming_topk,
+)
+hamming_range = Op(
+    f"hamming_range(Tensor queries, Tensor codes, SymInt radius, {_FILTERS}) -> "
+    "(Tensor lims, Tensor distances, Tensor ids)",
+    implementations={"cpu": _cpu_hamming_range, "reference": reference.hamming_range},
+    fake=_fake_hamming_range,
 )
 sdc_encode = Op(
     "sdc_encode(Tensor x, int bits) -> (Tensor codes, Tensor inverse_norms)",
@@ -125,7 +246,7 @@ sdc_encode = Op(
 )
 sdc_topk = Op(
     "sdc_topk(Tensor queries, Tensor query_inverse_norms, Tensor codes, Tensor inverse_norms, int bits, SymInt dim, "
-    "SymInt k) -> (Tensor scores, Tensor ids)",
+    f"SymInt k, {_FILTERS}) -> (Tensor scores, Tensor ids)",
     implementations={"cpu": _cpu_sdc_topk, "reference": reference.sdc_topk},
     fake=_fake_sdc_topk,
 )

@@ -21,32 +21,61 @@ if _native.torch is not None:
     from . import _search_torch
 
 
-def pack_bits(x: Array) -> Array:
-    """Binary codes of real vectors: one bit per dimension, set where it is positive.
+def pack_bits(x: Array, *, thresholds: Array | None = None) -> Array:
+    """Binary codes of real vectors: one bit per dimension, set where it is above its threshold.
 
     Bit d of a vector stands in byte d // 8, most significant bit first, and the last byte is filled up with zeros: the
-    layout of `numpy.packbits(x > 0)`, of sentence-transformers' `quantize_embeddings(x, "ubinary")` and of FAISS. Zero
-    and NaN give a 0 bit.
+    layout of `numpy.packbits(x > 0)` and of sentence-transformers' `quantize_embeddings(x, "ubinary")`. NaN gives a 0
+    bit, and so does a value equal to its threshold.
 
     Args:
         x: [N, D], or any other shape with at least one axis; float32, float16, bfloat16 or float64. An array or a
             tensor; what comes back is of the same kind.
+        thresholds: float32 [D]; 0 for every dim without them. Compared with x as it is, not rounded to its dtype.
 
     Returns:
         uint8 [N, ceil(D / 8)].
 
     Raises:
-        TypeError: x is neither an array nor a tensor, or its dtype is none of the above.
-        ValueError: x has no axis.
+        TypeError: x is neither an array nor a tensor, or its dtype is none of the above; thresholds are not float32.
+        ValueError: x has no axis, or thresholds do not have one value per dim.
     """
-    return _ops(x=x).pack_bits(x)
+    return _ops(x=x, **_given(thresholds=thresholds)).pack_bits(x, thresholds)
 
 
-def hamming_topk(queries: Array, codes: Array, k: int) -> tuple[Array, Array]:
+def unpack_bits(codes: Array, dim: int) -> Array:
+    """The bits of binary codes: the inverse of `pack_bits`, as far as one bit goes.
+
+    Args:
+        codes: uint8 [N, ceil(dim / 8)], or any other shape with at least one axis. An array or a tensor.
+        dim: how many bits a code has.
+
+    Returns:
+        uint8 [N, dim] of zeros and ones. Levels +-1 are `2 * bits.astype(int8) - 1`.
+
+    Raises:
+        TypeError: codes is neither an array nor a tensor, or not uint8, or dim is no integer.
+        ValueError: the codes are not ceil(dim / 8) bytes wide.
+    """
+    return _ops(codes=codes).unpack_bits(codes, dim)
+
+
+def hamming_topk(
+    queries: Array,
+    codes: Array,
+    k: int,
+    *,
+    mask: Array | None = None,
+    ids: Array | None = None,
+    ranges: Array | None = None,
+) -> tuple[Array, Array]:
     """The k codes nearest to each query in Hamming distance, exactly.
 
     Results are ordered by distance, equal distances by id, and depend neither on the number of threads nor on the
     instruction set nor on the other queries.
+
+    Filters say which codes are searched; `ranges` go together with `mask` or `ids`, and what every filter lets through
+    is searched. Their cost is that of the codes they let through.
 
     Args:
         queries: uint8 [Q, B] binary codes, as `pack_bits` makes them; any number of bytes B.
@@ -54,15 +83,50 @@ def hamming_topk(queries: Array, codes: Array, k: int) -> tuple[Array, Array]:
             apart (a slice of rows, or of the leading bytes of longer codes, or a `numpy.memmap`): they are read in
             place as long as the bytes of a row are adjacent.
         k: how many codes to return for each query, 1 to N.
+        mask: bool or uint8 [N], the codes to search (not zero), the same for all queries.
+        ids: int64 [M], row numbers of the codes to search, strictly ascending, the same for all queries.
+        ranges: int64 [Q, R, 2], for each query R ranges of rows to search, each its first row and the one past its
+            last, such as the inverted lists that a query probes. They may be empty, overlap and come in any order.
 
     Returns:
-        (distances int32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`.
+        (distances int32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`. Where the filters leave a query
+        fewer than k codes, distance 2147483647 and id -1 fill its row up.
 
     Raises:
-        TypeError: arrays and tensors are mixed, or a dtype is not uint8, or k is no integer.
-        ValueError: a wrong rank, widths that differ, or k outside 1..N.
+        TypeError: arrays and tensors are mixed, or a dtype is wrong, or k is no integer.
+        ValueError: a wrong rank or size, widths that differ, k outside 1..N, both mask and ids, ids not ascending, or a
+            range that ends before it begins.
+        IndexError: ids or ranges beyond the rows of `codes`.
     """
-    return _ops(queries=queries, codes=codes).hamming_topk(queries, codes, k)
+    ops = _ops(queries=queries, codes=codes, **_given(mask=mask, ids=ids, ranges=ranges))
+    return ops.hamming_topk(queries, codes, k, mask, ids, ranges)
+
+
+def hamming_range(
+    queries: Array,
+    codes: Array,
+    radius: int,
+    *,
+    mask: Array | None = None,
+    ids: Array | None = None,
+    ranges: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """All codes within a Hamming distance of each query, exactly.
+
+    Args:
+        queries, codes, mask, ids, ranges: as for `hamming_topk`.
+        radius: the largest distance that is within, 0 or more. Distances are whole numbers: `distance < r`, as FAISS's
+            `range_search` has it, is a radius of r - 1.
+
+    Returns:
+        (lims int64 [Q + 1], distances int32 [T], ids int64 [T]): the results of query q are those from lims[q] up to
+        lims[q + 1], ordered by distance, equal distances by id.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `hamming_topk` does; a negative radius.
+    """
+    ops = _ops(queries=queries, codes=codes, **_given(mask=mask, ids=ids, ranges=ranges))
+    return ops.hamming_range(queries, codes, radius, mask, ids, ranges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +138,7 @@ class SDCCodes:
         codes: uint8 [N, bits * ceil(dim / 8)]. Bit planes one after another, the most significant first, each packed
             as by `pack_bits`: the first ceil(dim / 8) bytes of a row are the binary code of the vector.
         inverse_norms: float32 [N], 1 / L2 norm of each vector of levels.
-        bits: planes per code, 1 to 4.
+        bits: planes per code, 1 to 8.
         dim: dimensions of the vectors encoded.
     """
 
@@ -100,7 +164,8 @@ class SDCCodes:
         return self.codes.nbytes + self.inverse_norms.nbytes
 
     def levels(self) -> Any:
-        """The levels 2 c - (2^bits - 1) that the codes stand for: int8 [N, dim], odd numbers."""
+        """The levels 2 c - (2^bits - 1) that the codes stand for: int8 [N, dim], with 8 bits int16; odd
+        numbers."""
         return _ops(codes=self.codes).sdc_levels(self.codes, self.bits, self.dim)
 
 
@@ -116,23 +181,31 @@ def sdc_encode(x: Array, bits: int) -> SDCCodes:
     Args:
         x: [N, D] real vectors, D >= 1; float32, float16, bfloat16 or float64 (computed in float32). An array or a
             tensor.
-        bits: 1 to 4. With 1 bit the codes are those of `pack_bits`.
+        bits: 1 to 8. With 1 bit the codes are those of `pack_bits`.
 
     Returns:
         `SDCCodes` of N codes, holding arrays or tensors as x is one.
 
     Raises:
         TypeError: x is neither an array nor a tensor, or of a wrong dtype, or bits is no integer.
-        ValueError: a wrong rank, bits outside 1..4, D = 0, or a NaN or infinity in x.
+        ValueError: a wrong rank, bits outside 1..8, D = 0, or a NaN or infinity in x.
 
     Sources: Gan et al., "Binary Embedding-based Retrieval at Tencent", KDD 2023, arXiv 2302.08714 (codes and distance);
-    Max, "Quantizing for Minimum Distortion", 1960, table II (steps).
+    Max, "Quantizing for Minimum Distortion", 1960, table II (steps up to 5 bits).
     """
     codes, inverse_norms = _ops(x=x).sdc_encode(x, bits)
     return SDCCodes(codes, inverse_norms, bits, x.shape[1])
 
 
-def sdc_topk(queries: SDCCodes | Array, codes: SDCCodes, k: int) -> tuple[Array, Array]:
+def sdc_topk(
+    queries: SDCCodes | Array,
+    codes: SDCCodes,
+    k: int,
+    *,
+    mask: Array | None = None,
+    ids: Array | None = None,
+    ranges: Array | None = None,
+) -> tuple[Array, Array]:
     """The k codes with the largest cosine to each query, both decoded to their levels, exactly.
 
     The score of levels v and v' is float32(v . v') * (1 / |v'|) * (1 / |v|), code before query, with an exact integer
@@ -143,13 +216,17 @@ def sdc_topk(queries: SDCCodes | Array, codes: SDCCodes, k: int) -> tuple[Array,
         queries: `SDCCodes` of Q codes of the same bits and dim, or real vectors [Q, D], which are encoded first.
         codes: `SDCCodes` of N codes, of the same kind (arrays or tensors) as the queries.
         k: how many codes to return for each query, 1 to N.
+        mask, ids, ranges: which codes to search, as for `hamming_topk`.
 
     Returns:
-        (scores float32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`.
+        (scores float32 [Q, k], ids int64 [Q, k]); an id is a row number of `codes`. Where the filters leave a query
+        fewer than k codes, score -inf and id -1 fill its row up.
 
     Raises:
         TypeError: arrays and tensors are mixed, a wrong type or dtype, or k is no integer.
-        ValueError: bits or dims that differ, k outside 1..N, or a NaN or infinity in real queries.
+        ValueError: bits or dims that differ, k outside 1..N, a NaN or infinity in real queries, or filters that
+            `hamming_topk` refuses.
+        IndexError: ids or ranges beyond the rows of `codes`.
 
     Source: Gan et al., "Binary Embedding-based Retrieval at Tencent", KDD 2023, arXiv 2302.08714.
     """
@@ -166,9 +243,10 @@ def sdc_topk(queries: SDCCodes | Array, codes: SDCCodes, k: int) -> tuple[Array,
             f"queries must have the {codes.bits} bits and {codes.dim} dims of the codes, "
             f"got {queries.bits} and {queries.dim}"
         )
-    ops = _ops(queries=queries.codes, codes=codes.codes)
+    ops = _ops(queries=queries.codes, codes=codes.codes, **_given(mask=mask, ids=ids, ranges=ranges))
     return ops.sdc_topk(
-        queries.codes, queries.inverse_norms, codes.codes, codes.inverse_norms, codes.bits, codes.dim, k
+        *(queries.codes, queries.inverse_norms, codes.codes, codes.inverse_norms),
+        *(codes.bits, codes.dim, k, mask, ids, ranges),
     )
 
 
@@ -199,3 +277,8 @@ def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> t
 def _ops(**inputs: Any) -> Any:
     """The module with the ops for inputs of this kind, each with the signature of its schema."""
     return _search_torch if checks.are_tensors(**inputs) else _search_numpy
+
+
+def _given(**inputs: Any) -> dict[str, Any]:
+    """The optional inputs that are there."""
+    return {name: value for name, value in inputs.items() if value is not None}

@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
-from .ops.pooling import MODES, pool_exits
-from .ops.search import pack_bits
+from .nn.mix import LayerMix
+from .ops._pooling_checks import check_modes
+from .ops.pooling import finish_pooled, pool_exits
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Exit = tuple[int, int]
+# A layer, or several whose pooled vectors are mixed, and a number of dims.
+Exit = tuple[int | tuple[int, ...], int]
 
-PRECISIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": lambda embeddings: embeddings.float(),
-    "float16": lambda embeddings: embeddings.half(),
-    "int8": lambda embeddings: _to_int8(embeddings.float()),
-    "ubinary": lambda embeddings: pack_bits(embeddings.float()),
-}
+# As sentence-transformers names them, and the dtype in which `pool_exits` writes them.
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "ubinary": torch.uint8}
 
 # Weights that sum to 1 let an affine head act on the pooled vector instead of on every token.
 _AFFINE_MODES = ("mean", "cls", "lasttoken", "weightedmean")
@@ -43,9 +41,12 @@ class MultiExitEncoder(nn.Module):
     Args:
         model: a SentenceTransformer, whose tokenizer, pooling mode, normalisation and prompts are taken over; or a
             transformers model, encoder or decoder, text or vision.
-        exits: (layer, dim) pairs; layer 0 is the embedding output, layer L the last. None: all dims of the last.
+        exits: (layer, dim) pairs; layer 0 is the embedding output, layer L the last. Several layers in place of one,
+            as in ((1, 6), 384), are pooled and mixed: their average, unless `mixes` says otherwise. None: all dims of
+            the last layer.
         tokenizer: of the transformers model, for `encode`.
-        mode: how tokens are pooled, as in `pool_exits`. None: as the SentenceTransformer does, else "mean".
+        mode: how tokens are pooled, as in `pool_exits`; of several modes the vectors stand side by side. None: as the
+            SentenceTransformer does, else "mean".
         normalize: whether embeddings are L2-normalised, after truncation. None: as the SentenceTransformer does, else
             True.
         include_prompt: whether the tokens of a prompt are pooled too. None: as the SentenceTransformer does, else True.
@@ -56,13 +57,18 @@ class MultiExitEncoder(nn.Module):
         heads: for exits of some layers a module from hidden_size features to any number of them. An `nn.Linear` acts
             on the pooled vector where that is the same (not for "max", nor for "mean_sqrt_len" with a bias); anything
             else acts on every token first.
+        mixes: for exits of several layers the `nn.LayerMix` whose weights to mix them by, fixed or learned. The layers
+            of such an exit have no heads.
+        select: which tokens to pool, of those that the attention mask has: from input_ids [B, T] to bool [B, T], such
+            as `FromToken(separator_id)` or `OnlyTokens((separator_id,))` of fastembed.integrations.prompts. None: all.
         layers: where the list of layers stands in the model ("encoder.layer"), if it is not found by itself.
         max_length: tokens that `encode` keeps of a text. None: as many as the tokenizer says.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: exits out of range, repeated or none; an unknown mode; a model whose layers are not found; a head
-            for a layer without exit, or of the wrong number of features.
+            for a layer without exit, or of the wrong number of features; a mix for layers without exit, or of another
+            number of layers.
 
     Sources: exits by layer and dim, arXiv 2402.14776 (2D Matryoshka), arXiv 2410.13230 (Starbucks) and arXiv 2503.03008
     (ModularStarEncoder, with heads).
@@ -74,11 +80,13 @@ class MultiExitEncoder(nn.Module):
         exits: Sequence[Exit] | None = None,
         *,
         tokenizer: Any = None,
-        mode: str | None = None,
+        mode: str | Sequence[str] | None = None,
         normalize: bool | None = None,
         include_prompt: bool | None = None,
         final_norm: bool = False,
         heads: Mapping[int, nn.Module] | None = None,
+        mixes: Mapping[tuple[int, ...], LayerMix] | None = None,
+        select: Callable[[Tensor], Tensor] | None = None,
         layers: str | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -103,44 +111,58 @@ class MultiExitEncoder(nn.Module):
         self.include_prompt = True if include_prompt is None else include_prompt
         self.final_norm = final_norm
         self.prompts = dict(prompts)
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        modes = len(check_modes(self.mode))
+        if select is not None and not callable(select):
+            raise TypeError(f"select must be a function of input_ids, got {type(select).__name__}")
+        self.select = select
         self._backbone = backbone = find_backbone(model, layers)
         self.heads = nn.ModuleDict(_check_heads(heads, backbone.hidden_size))
         widths = {int(layer): _head_width(head, backbone.hidden_size) for layer, head in self.heads.items()}
         depth = len(backbone.layers)
-        self.exits = _check_exits([(depth, widths.get(depth, backbone.hidden_size))] if exits is None else exits)
+        whole = modes * widths.get(depth, backbone.hidden_size)
+        self.exits = _check_exits([(depth, whole)] if exits is None else exits)
         for layer, dim in self.exits:
-            if not 0 <= layer <= depth:
+            if not all(0 <= one <= depth for one in _layers(layer)):
                 raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
-            if not 1 <= dim <= widths.get(layer, backbone.hidden_size):
-                width = widths.get(layer, backbone.hidden_size)
+            width = modes * (
+                widths.get(layer, backbone.hidden_size) if isinstance(layer, int) else backbone.hidden_size
+            )
+            if not 1 <= dim <= width:
                 raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
         if idle := widths.keys() - {layer for layer, _ in self.exits}:
             raise ValueError(f"heads must belong to layers with an exit, got one for layer {min(idle)}")
+        self.mixes = nn.ModuleDict(_check_mixes(mixes, [layer for layer, _ in self.exits]))
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer, max_length)
 
     def forward(
-        self, exits: Sequence[Exit] | None = None, *, prompt_length: int = 0, **inputs: Any
+        self,
+        exits: Sequence[Exit] | None = None,
+        *,
+        prompt_length: int = 0,
+        out_dtype: torch.dtype | None = None,
+        **inputs: Any,
     ) -> dict[Exit, Tensor]:
         """Embeddings of a batch.
 
         Args:
             exits: which of the encoder's exits; the pass stops after the last of them. None: all.
             prompt_length: tokens at the start of every sequence that are left out of pooling.
+            out_dtype: of the embeddings, int8 and packed bits (uint8) included, as `pool_exits` takes it. None: that of
+                the hidden states.
             **inputs: what the model's forward takes: input_ids [B, T] and attention_mask [B, T], or pixel_values, ...
                 Without an attention mask every token counts.
 
         Returns:
-            (layer, dim) -> [B, dim], in the dtype of the hidden states.
+            (layer, dim) -> [B, dim] (packed bits: [B, ceil(dim / 8)]).
 
         Raises:
             ValueError: exits that this encoder does not have, or hidden states of another shape than the mask.
         """
         wanted = self._choose(exits)
         pooled: dict[Exit, Tensor] = {}
-        pool = self._pooler(wanted, pooled, inputs.get("attention_mask"), prompt_length)
-        stream_layers(self._backbone, inputs, max(layer for layer, _ in wanted), pool)
+        selected = None if self.select is None else self.select(_input_ids(inputs))
+        pool = self._pooler(wanted, pooled, inputs.get("attention_mask"), selected, prompt_length, out_dtype)
+        stream_layers(self._backbone, inputs, _last_layer(wanted), pool)
         return {exit: pooled[exit] for exit in wanted}
 
     @contextmanager
@@ -150,7 +172,8 @@ class MultiExitEncoder(nn.Module):
         """Pool the exits of a forward pass that is made inside the `with` block, whoever makes it, to its end.
 
         For callers that need the model's own output too, or that reach the model through something around it
-        (a SentenceTransformer, DistributedDataParallel).
+        (a SentenceTransformer, DistributedDataParallel). The tokens that `select` leaves out have to be left out of the
+        mask given.
 
             with encoder.observe(inputs["attention_mask"]) as embeddings:
                 output = model(**inputs)
@@ -168,23 +191,31 @@ class MultiExitEncoder(nn.Module):
         """
         wanted = self._choose(exits)
         pooled: dict[Exit, Tensor] = {}
-        pool = self._pooler(wanted, pooled, attention_mask, prompt_length)
-        with watch_layers(self._backbone, max(layer for layer, _ in wanted), pool):
+        pool = self._pooler(wanted, pooled, attention_mask, None, prompt_length, None)
+        with watch_layers(self._backbone, _last_layer(wanted), pool):
             yield pooled
         if missing := [exit for exit in wanted if exit not in pooled]:
             raise RuntimeError(f"{type(self.model).__name__} must run inside the block of observe: {missing} not seen")
 
     def _pooler(
-        self, wanted: Sequence[Exit], pooled: dict[Exit, Tensor], mask: Tensor | None, prompt_length: int
+        self,
+        wanted: Sequence[Exit],
+        pooled: dict[Exit, Tensor],
+        mask: Tensor | None,
+        selected: Tensor | None,
+        prompt_length: int,
+        out_dtype: torch.dtype | None,
     ) -> Callable[[int, Tensor], None]:
         """What pools the hidden states of a layer into `pooled` where they are wanted."""
-        by_layer: dict[int, list[int]] = {}
+        dims: dict[int | tuple[int, ...], list[int]] = {}
         for layer, dim in wanted:
-            by_layer.setdefault(layer, []).append(dim)
+            dims.setdefault(layer, []).append(dim)
+        to_mix: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in dims if isinstance(layers, tuple)}
+        needed = {layer for layers in dims for layer in _layers(layers)}
         norm, depth = self._backbone.final_norm, len(self._backbone.layers)
 
         def pool(layer: int, hidden: Tensor) -> None:
-            if layer not in by_layer:
+            if layer not in needed:
                 return
             if norm is not None and (self.final_norm or layer == depth):
                 hidden = norm(hidden)
@@ -193,8 +224,20 @@ class MultiExitEncoder(nn.Module):
                     f"hidden states of layer {layer} must be [B, T, D] with B, T = {list(mask.shape)} as in "
                     f"attention_mask, got {list(hidden.shape)}"
                 )
-            prefixes = self._pool(hidden, valid_tokens(hidden, mask, prompt_length), by_layer[layer], layer)
-            pooled.update({(layer, dim): prefix for dim, prefix in prefixes.items()})
+            valid = valid_tokens(hidden, mask, prompt_length)
+            if selected is not None:
+                valid = selected if valid is None else valid.bool() & selected
+            if layer in dims:
+                prefixes = self._pool(hidden, valid, dims[layer], layer, out_dtype)
+                pooled.update({(layer, dim): prefix for dim, prefix in prefixes.items()})
+            for layers, vectors in to_mix.items():
+                if layer in layers:
+                    vectors.append(self._pool_whole(hidden, valid))
+                if layer == max(layers):
+                    mixed = self._mix(layers, vectors)
+                    prefixes = finish_pooled([mixed], dims[layers], self.normalize, out_dtype or hidden.dtype)[0]
+                    pooled.update({(layers, dim): prefix for dim, prefix in prefixes.items()})
+                    vectors.clear()
 
         return pool
 
@@ -241,18 +284,23 @@ class MultiExitEncoder(nn.Module):
         prompt = self._prompt(prompt, prompt_name)
         prompt_length = 0 if self.include_prompt else self._tokenizer.prompt_length(prompt)
         device = next(self.model.parameters()).device
-        convert = PRECISIONS[precision]
+        out_dtype = PRECISIONS[precision]
         results: dict[Exit, np.ndarray] = {}
         with self._evaluating(), torch.inference_mode():
             for rows, inputs in batches_by_length(
                 self._tokenizer, texts, prompt, batch_size, device, show_progress_bar
             ):
-                for exit, embedding in self(wanted, prompt_length=prompt_length, **inputs).items():
-                    piece = convert(embedding).cpu().numpy()
+                for exit, embedding in self(wanted, prompt_length=prompt_length, out_dtype=out_dtype, **inputs).items():
+                    piece = embedding.cpu().numpy()
                     if exit not in results:
                         results[exit] = np.empty((len(texts), piece.shape[1]), dtype=piece.dtype)
                     results[exit][rows] = piece
-        return results or {exit: convert(torch.empty(0, exit[1])).numpy() for exit in wanted}
+        if results:
+            return results
+        empty = finish_pooled(
+            [torch.empty(0, max(dim for _, dim in wanted))], [dim for _, dim in wanted], True, out_dtype
+        )
+        return {exit: empty[0][exit[1]].numpy() for exit in wanted}
 
     def sentence_transformer(self, exit: Exit | None = None) -> "SentenceTransformer":
         """One exit as a SentenceTransformer of its own, with the layers behind it left out; shares the parameters.
@@ -263,14 +311,18 @@ class MultiExitEncoder(nn.Module):
             exit: one of the encoder's exits. None: the last.
 
         Raises:
-            ValueError: not an exit of this encoder; one that a shorter model would not give (see `final_norm`); or no
-                tokenizer.
+            ValueError: not an exit of this encoder; one that a shorter model would not give (see `final_norm`), that
+                mixes layers or modes or selects tokens; or no tokenizer.
         """
         from .integrations.exit_models import exit_model
 
         (wanted,) = self._choose([self.exits[-1]] if exit is None else [exit])
         backbone = self._backbone
-        layer, _ = wanted
+        layer, dim = wanted
+        if isinstance(layer, tuple) or not isinstance(self.mode, str) or self.select is not None:
+            raise ValueError(
+                f"exit {wanted} must be of one layer, one mode and all tokens to become a SentenceTransformer"
+            )
         if backbone.final_norm is not None and not self.final_norm and layer < len(backbone.layers):
             raise ValueError(
                 f"exit {wanted} must go through the norm behind the last layer, as it does in a shorter model: build "
@@ -280,7 +332,7 @@ class MultiExitEncoder(nn.Module):
             raise ValueError("tokenizer must be given to the MultiExitEncoder, got None")
         head = self._head(layer)
         return exit_model(
-            backbone, wanted, self._tokenizer, head, self.mode, self.normalize, self.include_prompt, self.prompts
+            backbone, (layer, dim), self._tokenizer, head, self.mode, self.normalize, self.include_prompt, self.prompts
         )
 
     def extra_repr(self) -> str:
@@ -319,31 +371,82 @@ class MultiExitEncoder(nn.Module):
     def _head(self, layer: int) -> nn.Module | None:
         return self.heads[str(layer)] if str(layer) in self.heads else None  # noqa: SIM401, a ModuleDict has no get
 
-    def _pool(self, hidden: Tensor, mask: Tensor | None, dims: list[int], layer: int) -> dict[int, Tensor]:
+    def _mix(self, layers: tuple[int, ...], vectors: list[Tensor]) -> Tensor:
+        """The mixture of pooled vectors that came in rising order of their layers."""
+        in_order = [vectors[sorted(layers).index(layer)] for layer in layers]
+        name = _mix_name(layers)
+        mix = self.mixes[name] if name in self.mixes else LayerMix(len(layers)).to(in_order[0].device)
+        assert isinstance(mix, LayerMix)
+        return mix.mix(in_order)
+
+    def _pool(
+        self, hidden: Tensor, mask: Tensor | None, dims: list[int], layer: int, out_dtype: torch.dtype | None
+    ) -> dict[int, Tensor]:
         head = self._head(layer)
-        if head is None:
-            return pool_exits([hidden], mask, mode=self.mode, dims=dims, normalize=self.normalize)[0]
-        if not _commutes(head, self.mode):
-            return pool_exits([head(hidden)], mask, mode=self.mode, dims=dims, normalize=self.normalize)[0]
-        (whole,) = pool_exits([hidden], mask, mode=self.mode, normalize=False)
-        projected = head(whole[hidden.shape[-1]])
-        if mask is not None:  # a sequence without valid tokens stays zero, whatever the bias
-            projected = torch.where(mask.bool().any(dim=1, keepdim=True), projected, 0)
-        # One token per sequence: pooling it is truncating and normalising it.
-        return pool_exits([projected[:, None]], mode="cls", dims=dims, normalize=self.normalize)[0]
+        if head is not None and _commutes(head, self.mode):
+            projected = head(self._pool_whole(hidden, mask, hidden.dtype))
+            if mask is not None:  # a sequence without valid tokens stays zero, whatever the bias
+                projected = torch.where(mask.bool().any(dim=1, keepdim=True), projected, 0)
+            return finish_pooled([projected], dims, self.normalize, out_dtype)[0]
+        tokens = hidden if head is None else head(hidden)
+        return pool_exits([tokens], mask, mode=self.mode, dims=dims, normalize=self.normalize, out_dtype=out_dtype)[0]
+
+    def _pool_whole(self, hidden: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """Pooled vectors, all of them and not normalised, in the dtype of the sums unless another is given."""
+        dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
+        (vectors,) = pool_exits([hidden], mask, mode=self.mode, normalize=False, out_dtype=dtype)[0].values()
+        return vectors
+
+
+def _input_ids(inputs: Mapping[str, Any]) -> Tensor:
+    if not isinstance(ids := inputs.get("input_ids"), Tensor):
+        raise ValueError(f"inputs must have input_ids for select to choose from, got {', '.join(inputs) or 'none'}")
+    return ids
+
+
+def _layers(layer: int | tuple[int, ...]) -> tuple[int, ...]:
+    return layer if isinstance(layer, tuple) else (layer,)
+
+
+def _last_layer(exits: Sequence[Exit]) -> int:
+    return max(layer for layers, _ in exits for layer in _layers(layers))
+
+
+def _mix_name(layers: Sequence[int]) -> str:
+    return "_".join(map(str, layers))
 
 
 def _check_exits(exits: Sequence[Exit]) -> tuple[Exit, ...]:
     if not isinstance(exits, (list, tuple)) or not exits:
         raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-    checked = []
+    checked: list[Exit] = []
     for exit in exits:
-        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
+        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or type(exit[1]) is not int:
             raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-        if (pair := (exit[0], exit[1])) in checked:
+        layer = tuple(exit[0]) if isinstance(exit[0], (list, tuple)) else exit[0]
+        if not _layers(layer) or not all(type(one) is int for one in _layers(layer)):
+            raise TypeError(f"exits must be pairs of ints (layer, dim), or of several layers and a dim, got {exit!r}")
+        if len(set(_layers(layer))) < len(_layers(layer)):
+            raise ValueError(f"exits must not repeat a layer, got {exit!r}")
+        if (pair := (layer, exit[1])) in checked:
             raise ValueError(f"exits must not repeat, got {pair} twice")
         checked.append(pair)
     return tuple(checked)
+
+
+def _check_mixes(
+    mixes: Mapping[tuple[int, ...], LayerMix] | None, exit_layers: Sequence[int | tuple[int, ...]]
+) -> dict[str, LayerMix]:
+    checked = {}
+    for layers, mix in (mixes or {}).items():
+        if not isinstance(mix, LayerMix):
+            raise TypeError(f"mixes must map layers to LayerMix modules, got a {type(mix).__name__} for {layers!r}")
+        if layers not in exit_layers or not isinstance(layers, tuple):
+            raise ValueError(f"mixes must belong to layers with an exit, got one for {layers!r}")
+        if len(mix.logits) != len(layers):
+            raise ValueError(f"mixes must have a weight per layer, got {len(mix.logits)} for {layers}")
+        checked[_mix_name(layers)] = mix
+    return checked
 
 
 def _check_heads(heads: Mapping[int, nn.Module] | None, hidden_size: int) -> dict[str, nn.Module]:
@@ -369,9 +472,9 @@ def _head_width(head: nn.Module, hidden_size: int) -> int:
     return output.shape[-1]
 
 
-def _commutes(head: nn.Module, mode: str) -> bool:
+def _commutes(head: nn.Module, mode: str | Sequence[str]) -> bool:
     """Whether the head of a pooled vector is the pooled vector of the head."""
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or not isinstance(mode, str):
         return False
     return mode in _AFFINE_MODES or (mode == "mean_sqrt_len" and head.bias is None)
 
@@ -382,8 +485,3 @@ def is_sentence_transformer(model: object) -> bool:
     from sentence_transformers import SentenceTransformer
 
     return isinstance(model, SentenceTransformer)
-
-
-def _to_int8(embeddings: Tensor) -> Tensor:
-    largest = embeddings.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (embeddings * (127 / largest)).round().to(torch.int8)

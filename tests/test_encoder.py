@@ -15,6 +15,8 @@ from torch import nn
 
 import fastembed
 from fastembed import MultiExitEncoder, pool_exits
+from fastembed.integrations.prompts import FromToken, OnlyTokens
+from fastembed.nn import LayerMix
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 _TEXT = {**_SIZES, "vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
@@ -371,3 +373,94 @@ def test_a_shorter_model_without_its_final_norm_is_refused(pipeline) -> None:
     encoder = MultiExitEncoder(build("llama"), [(1, 64), (3, 64)], tokenizer=pipeline.tokenizer)
     with pytest.raises(ValueError, match="final_norm=True"):
         encoder.sentence_transformer((1, 64))
+
+
+MIXED = ((0, 2), 32)
+
+
+def test_exits_of_several_layers_are_mixed() -> None:
+    """Their average, as SimCSE's first-last average, or by the weights of a LayerMix, as surface fusion has them."""
+    model, inputs = tiny_models.encoder(), tiny_models.batch()
+    surface = LayerMix([0.2, 0.8])
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+        encoder = MultiExitEncoder(model, [((1, 2), 64), (1, 16), MIXED, ((2, 0), 64)], mixes={(0, 2): surface})
+        embeddings = encoder(**inputs)
+        pooled = [p[64] for p in pool_exits(list(hidden), inputs["attention_mask"], normalize=False)]
+    assert list(embeddings) == list(encoder.exits)
+    unit = nn.functional.normalize
+    torch.testing.assert_close(embeddings[(1, 2), 64], unit((pooled[1] + pooled[2]) / 2))
+    torch.testing.assert_close(embeddings[MIXED], unit((0.2 * pooled[0] + 0.8 * pooled[2])[:, :32]))
+    torch.testing.assert_close(embeddings[(2, 0), 64], unit((pooled[0] + pooled[2]) / 2))
+    torch.testing.assert_close(embeddings[1, 16], unit(pooled[1][:, :16]))
+
+
+def test_a_learned_mix_is_trained_with_the_model() -> None:
+    mix = LayerMix(3, trainable=True)
+    encoder = MultiExitEncoder(tiny_models.encoder(), [((0, 1, 2), 64)], mixes={(0, 1, 2): mix})
+    encoder(**tiny_models.batch())[(0, 1, 2), 64].sum().backward()
+    assert mix.logits.grad is not None
+    assert mix.logits.grad.abs().sum() > 0
+    assert "mixes.0_1_2.logits" in encoder.state_dict()
+
+
+def test_encode_mixes_in_every_precision(pipeline) -> None:
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline, [MIXED])
+    full = encoder.encode(texts)[MIXED]
+    np.testing.assert_array_equal(encoder.encode(texts, precision="ubinary")[MIXED], np.packbits(full > 0, axis=1))
+    assert encoder.encode([], precision="int8")[MIXED].shape == (0, 32)
+
+
+def test_pools_only_the_selected_tokens(pipeline) -> None:
+    inputs = tiny_models.batch()
+    ids = inputs["input_ids"]
+    separator = int(ids[1, 2])
+    model = tiny_models.encoder()
+    with torch.no_grad():
+        hidden = model(**inputs).last_hidden_state
+        for select, expected in (
+            (FromToken(separator), lambda row: _from(row, separator)),
+            (OnlyTokens((separator,)), lambda row: row == separator),
+        ):
+            mask = torch.stack([expected(row) for row in ids]) & inputs["attention_mask"].bool()
+            ours = MultiExitEncoder(model, select=select)(**inputs)[2, 64]
+            torch.testing.assert_close(ours, pool_exits([hidden], mask)[0][64], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="inputs must have input_ids for select to choose from, got inputs_embeds"):
+        MultiExitEncoder(model, select=FromToken(separator))(inputs_embeds=torch.zeros(1, 2, 64))
+    with pytest.raises(ValueError, match=r"exit \(2, 64\) must be of one layer, one mode and all tokens"):
+        MultiExitEncoder(pipeline, select=FromToken(separator)).sentence_transformer()
+
+
+def _from(row: torch.Tensor, token: int) -> torch.Tensor:
+    if not (row == token).any():
+        return torch.ones_like(row, dtype=torch.bool)
+    return torch.arange(len(row)) >= int((row == token).nonzero()[0])
+
+
+def test_several_modes_side_by_side() -> None:
+    model, inputs = tiny_models.encoder(), tiny_models.batch()
+    with torch.no_grad():
+        encoder = MultiExitEncoder(model, mode=["mean", "max"])
+        hidden = model(**inputs).last_hidden_state
+        expected = pool_exits([hidden], inputs["attention_mask"], mode=["mean", "max"])[0][128]
+        assert torch.equal(encoder(**inputs)[2, 128], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"exits": [((1, 3), 64)]}, ValueError, "exits must name layers 0"),
+        ({"exits": [((1, 1), 64)]}, ValueError, "exits must not repeat a layer"),
+        ({"exits": [((), 64)]}, TypeError, "exits must be pairs of ints"),
+        ({"exits": [((1, 2), 65)]}, ValueError, "exits must have dims of 1 to 64"),
+        ({"mixes": {(1, 2): LayerMix(2)}}, ValueError, "mixes must belong to layers with an exit"),
+        ({"exits": [MIXED], "mixes": {(0, 2): LayerMix(3)}}, ValueError, "mixes must have a weight per layer, got 3"),
+        ({"exits": [MIXED], "mixes": {(0, 2): nn.Linear(2, 2)}}, TypeError, "mixes must map layers to LayerMix"),
+        ({"select": 3}, TypeError, "select must be a function of input_ids, got int"),
+        ({"mode": []}, TypeError, "mode must be a string or a list"),
+    ],
+)
+def test_bad_mixes_and_selections(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MultiExitEncoder(tiny_models.encoder(), **arguments)

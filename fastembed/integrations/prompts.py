@@ -1,4 +1,6 @@
-"""Prompts that are read by the model and left out of pooling."""
+"""Tokens that are read by the model and left out of pooling: prompts, and what a selection leaves."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,3 +20,26 @@ def valid_tokens(tokens: Tensor, mask: Tensor | None, prompt_length: int) -> Ten
         positions = torch.arange(mask.shape[1], device=mask.device)
         mask = mask * (positions >= first + prompt_length)
     return mask
+
+
+@dataclass(frozen=True)
+class FromToken:
+    """Selects the tokens of each sequence from the first one with this id on, as ModularStarEncoder pools from its
+    first separator (arXiv 2503.03008). A sequence without such a token has all of its tokens pooled."""
+
+    token_id: int
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        seen = (input_ids == self.token_id).cumsum(dim=1) > 0
+        return seen | ~seen.any(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class OnlyTokens:
+    """Selects the tokens with one of these ids, as landmark pooling does with the separators it puts between chunks of
+    the text (arXiv 2601.21525). A sequence without any gets a zero embedding."""
+
+    token_ids: tuple[int, ...]
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return torch.isin(input_ids, torch.tensor(self.token_ids, device=input_ids.device))

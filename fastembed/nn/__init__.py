@@ -2,6 +2,7 @@
 
 from .binarizer import RecurrentBinarizer
 from .linear import QuantLinear
+from .mix import LayerMix
 from .pooling import MultiExitPooling
 
-__all__ = ["MultiExitPooling", "QuantLinear", "RecurrentBinarizer"]
+__all__ = ["LayerMix", "MultiExitPooling", "QuantLinear", "RecurrentBinarizer"]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.pooling import MODES, pool_exits
+from ..ops._pooling_checks import check_modes
+from ..ops.pooling import pool_exits
 
 
 class MultiExitPooling(nn.Module):
@@ -19,33 +20,39 @@ class MultiExitPooling(nn.Module):
 
     Shapes:
         hidden_states: a list of [B, T, D], or of packed [N, D] or [1, N, D] with `cu_seqlens`.
-        attention_mask: [B, T]. cu_seqlens: [B + 1].
+        attention_mask: [B, T]. cu_seqlens: [B + 1]. ranges: [B, 2]. positions: [B, P].
         Returns: one dict per exit, dim -> [B, dim].
     """
 
     def __init__(
         self,
-        mode: str = "mean",
+        mode: str | Sequence[str] = "mean",
         dims: Sequence[int] | Sequence[Sequence[int]] | None = None,
         normalize: bool = True,
         out_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check_modes(mode)
         self.mode = mode
         self.dims = dims
         self.normalize = normalize
         self.out_dtype = out_dtype
 
     def forward(
-        self, hidden_states: Sequence[Tensor], attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ranges: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> list[dict[int, Tensor]]:
         """Pool every exit; see `fastembed.pool_exits` for shapes and errors."""
         return pool_exits(
             hidden_states,
             attention_mask,
             cu_seqlens=cu_seqlens,
+            ranges=ranges,
+            positions=positions,
             mode=self.mode,
             dims=self.dims,
             normalize=self.normalize,

@@ -18,6 +18,16 @@ def check_mode(mode: Any) -> None:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
+def check_modes(modes: Any) -> tuple[str, ...]:
+    """One mode or several, as a tuple."""
+    if not isinstance(modes, (str, list, tuple)) or not modes:
+        raise TypeError(f"mode must be a string or a list of strings, got {modes!r}")
+    several = (modes,) if isinstance(modes, str) else tuple(modes)
+    for mode in several:
+        check_mode(mode)
+    return several
+
+
 def check_hidden_states(hidden_states: Sequence[Tensor], packed: bool) -> list[Tensor]:
     """The exits as [B, T, D], or as [N, D] when packed."""
     if not isinstance(hidden_states, (list, tuple)):

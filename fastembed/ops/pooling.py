@@ -123,8 +123,7 @@ def _concatenated(
     out_dtype: torch.dtype,
 ) -> list[dict[int, Tensor]]:
     """Several modes side by side, as sentence-transformers' Pooling does it."""
-    if not isinstance(modes, (list, tuple)) or not modes:
-        raise TypeError(f"mode must be a string or a list of strings, got {modes!r}")
+    checks.check_modes(modes)
     sizes = [len(modes) * hidden.shape[-1] for hidden in exits]
     exit_dims = checks.check_dims(dims, sizes)
     accumulated = torch.promote_types(exits[0].dtype, torch.float32)

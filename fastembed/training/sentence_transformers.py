@@ -73,9 +73,7 @@ class SentenceTransformerExitLoss(nn.Module):
         if len(columns) < 2:
             raise ValueError(f"sentence_features must be at least queries and their documents, got {len(columns)}")
         queries, *documents = columns
-        return self.loss(
-            queries, {exit: torch.cat([column[exit] for column in documents]) for exit in self.encoder.exits}
-        )
+        return self.loss(queries, {exit: torch.cat([column[exit] for column in documents]) for exit in self.loss.exits})
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card that the trainer writes."""
@@ -87,4 +85,4 @@ class SentenceTransformerExitLoss(nn.Module):
         )
         with self.encoder.observe(features.get("attention_mask"), prompt_length=prompt_length) as embeddings:
             self.model(features)
-        return embeddings
+        return {exit: embeddings[exit] for exit in self.loss.exits}

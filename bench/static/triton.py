@@ -7,6 +7,7 @@ a value, and so waited for the GPU, would fail here.
 
 import contextlib
 import io
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,14 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from fastembed.triton_kernels import pooling
+from fastembed.triton_kernels import pooling, qmatmul
 
 from . import KernelResources
 
 ARCHS = (80, 90, 100)
 
-# Accesses to global memory, by their width in bits; to local memory, which are spills; and atomics.
-NOTED = re.compile(r"LDG|STG|LDGSTS|LDL|STL|ATOMG?|REDG?")
+# Accesses to global memory, by their width in bits; to local memory, which are spills; atomics; tensor-core products.
+NOTED = re.compile(r"LDG|STG|LDGSTS|LDL|STL|ATOMG?|REDG?|[IHB]G?MMA|UTC\w*MMA")
 WIDTHS = ("128", "64", "U16", "U8", "S8")
 
 
@@ -46,6 +47,8 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(family, variant, a call that launches its kernels) at shapes and alignments as in use."""
     for mode in ("mean", "weightedmean", "max", "cls"):
         yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
+    for bits, rows in itertools.product((1, 3, 4, 8), (1, 512)):
+        yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
 
 
 def pool_exits(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[torch.Tensor]:
@@ -58,6 +61,19 @@ def pool_exits(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[t
     tokens = (None, offsets) if packed else (mask, None)
     hidden_states = [hidden.flatten(0, 1) for hidden in hidden_states] if packed else hidden_states
     return pooling.pool_exits(hidden_states, *tokens, mode, [[64, 256, width]] * 6, True, dtype)
+
+
+def qlinear(bits: int, rows: int, group_size: int = 64) -> torch.Tensor:
+    """A base-size feed-forward layer in bfloat16 with GELU, on meta tensors."""
+    in_features, out_features = 768, 3072
+    panels = out_features // 64
+    with torch.device("meta"):
+        x = torch.empty(rows, in_features, dtype=torch.bfloat16)
+        codes = torch.empty(panels, in_features // 4, 32 * bits, dtype=torch.uint8)
+        scales = torch.empty(panels, in_features // group_size, 64, dtype=torch.float16)
+        zeros = scales.to(torch.uint8)
+        bias = torch.empty(out_features, dtype=torch.bfloat16)
+    return qmatmul.qlinear(x, codes, scales, zeros, bias, None, bits, group_size, out_features, "gelu")
 
 
 class _OfflineDriver:

@@ -54,4 +54,43 @@ __device__ inline void load_vector(const T* address, T (&values)[vector_size<T>]
   memcpy(static_cast<void*>(values), &bits, vector_bytes);
 }
 
+// Eight neighbours of an array whose type is known at run time only, from an address aligned to 16 bytes.
+__device__ inline void load_eight(const void* data, DType dtype, int64_t index, float (&values)[8]) {
+  if (dtype == DType::f32) {
+    const auto* const source = static_cast<const float4*>(data) + index / 4;
+    const float4 vectors[2] = {source[0], source[1]};
+    memcpy(values, vectors, sizeof(values));
+    return;
+  }
+  uint16_t bits[8];
+  const uint4 vector = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + index);
+  memcpy(bits, &vector, vector_bytes);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values[i] = dtype == DType::bf16 ? to_float(__nv_bfloat16(__nv_bfloat16_raw{bits[i]}))
+                                     : to_float(__half(__half_raw{bits[i]}));
+  }
+}
+
+// Their inverse, each value rounded to nearest even.
+__device__ inline void store_eight(void* data, DType dtype, int64_t index, const float (&values)[8]) {
+  if (dtype == DType::f32) {
+    float4 vectors[2];
+    memcpy(vectors, values, sizeof(values));
+    auto* const target = static_cast<float4*>(data) + index / 4;
+    target[0] = vectors[0];
+    target[1] = vectors[1];
+    return;
+  }
+  uint16_t bits[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    bits[i] = dtype == DType::bf16 ? __nv_bfloat16_raw(__float2bfloat16_rn(values[i])).x
+                                   : __half_raw(__float2half_rn(values[i])).x;
+  }
+  uint4 vector;
+  memcpy(&vector, bits, vector_bytes);
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + index) = vector;
+}
+
 }  // namespace fastembed::device

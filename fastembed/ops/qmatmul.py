@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _native, backends
 from .._native import core
 from ..reference import qmatmul as reference
+from ._cuda import current_stream
 from ._registry import Op, is_plain_eager
 
 EPILOGUES = (None, "gelu", "gelu_tanh", "relu", "silu")
@@ -204,7 +205,7 @@ class Layer:
             _address(self._kept[1]),
             _DTYPE_CODES[scales.dtype],
             _address(self._kept[2]),
-            _NO_ZEROS if zeros is None else _CODE_ZEROS if zeros.dtype == torch.uint8 else _FRACTIONAL_ZEROS,
+            _kind(zeros),
             bits,
             group_size,
             _address(self._kept[3]),
@@ -313,6 +314,84 @@ def _cpu(
     return layer(x, residual)
 
 
+def _cuda(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    epilogue: str | None,
+    activations: str,
+) -> Tensor:
+    if activations == "float":
+        return _dequantized(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue)
+    _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue, activations)
+    rows = _as_rows(x)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    codes, scales = _aligned(codes), _aligned(scales)
+    zeros = None if zeros is None else _aligned(zeros)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    cuda = _native.cuda
+    assert cuda is not None, "the backend is chosen only where it is available"
+    with current_stream(x.device) as stream:
+        needed = cuda.qlinear_workspace(rows.shape[0], x.shape[-1], out_features)
+        workspace = x.new_empty(needed, dtype=torch.uint8)
+        cuda.qlinear(
+            rows.data_ptr(),
+            _DTYPE_CODES[x.dtype],
+            rows.shape[0],
+            x.shape[-1],
+            rows.stride(0),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            _DTYPE_CODES[scales.dtype],
+            _address(zeros),
+            _kind(zeros),
+            bits,
+            group_size,
+            _address(bias),
+            0 if bias is None else _DTYPE_CODES[bias.dtype],
+            out_features,
+            EPILOGUES.index(epilogue),
+            _address(residual),
+            y.data_ptr(),
+            workspace.data_ptr(),
+            stream,
+        )
+    return y
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it lies as the CUDA kernels cannot read it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _kind(zeros: Tensor | None) -> int:
+    return _NO_ZEROS if zeros is None else _CODE_ZEROS if zeros.dtype == torch.uint8 else _FRACTIONAL_ZEROS
+
+
+def _triton(x: Tensor, *args: Any) -> Tensor:
+    """Imports Triton at the first call: it is optional, and slow to import."""
+    from ..triton_kernels import qmatmul
+
+    *settings, activations = args
+    if activations == "float":
+        return _dequantized(x, *settings)
+    _check(x, *args)
+    return qmatmul.qlinear(x, *settings)
+
+
+def _dequantized(*args: Any) -> Tensor:
+    """Float activations on a GPU: PyTorch's own product with the dequantised weight, as the reference defines it."""
+    return _reference(*args, "float")
+
+
 def _fake(x: Tensor, *args: Any) -> Tensor:
     _check(x, *args)
     out_features = args[7]
@@ -360,7 +439,7 @@ def _dequantize_fake(
 _qlinear = Op(
     "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? residual, int bits, "
     "int group_size, int out_features, str? epilogue, str activations) -> Tensor",
-    implementations={"cpu": _cpu, "reference": _reference},
+    implementations={"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,23 +1,28 @@
 """The CUDA kernels as nvcc compiles them for each architecture."""
 
+import re
+
 import pytest
 
 from bench.static import KernelResources
 from bench.static.cuda import ARCHS, _parse, nvcc, rows
 
 
-@pytest.fixture(scope="module")
-def table() -> list[KernelResources]:
+@pytest.fixture(
+    scope="module", params=[pytest.param(arch, marks=[] if arch == 90 else pytest.mark.slow) for arch in ARCHS]
+)
+def table(request: pytest.FixtureRequest) -> list[KernelResources]:
     if nvcc() is None:
         pytest.skip("nvcc was found neither on PATH nor under CUDA_HOME")
-    return rows()
+    return rows([request.param])
 
 
-def test_every_kernel_compiles_for_every_architecture(table: list[KernelResources]) -> None:
-    by_arch = [{row.kernel for row in table if row.arch == f"sm_{arch}"} for arch in ARCHS]
-    assert by_arch[0] == by_arch[1] == by_arch[2]
-    assert len(table) == len(ARCHS) * len(by_arch[0])
-    assert by_arch[0] >= {"pooling.finish_rows", "pooling.reduce_chunks[__nv_bfloat16, WeightedSum, true]"}
+def test_every_kernel_compiles(table: list[KernelResources]) -> None:
+    kernels = {row.kernel for row in table}
+    assert len(table) == len(kernels)
+    assert kernels >= {"pooling.finish_rows", "pooling.reduce_chunks[__nv_bfloat16, WeightedSum, true]"}
+    assert kernels >= {f"qmatmul.many_tokens[{bits}]" for bits in range(1, 9)}
+    assert kernels >= {f"qmatmul.few_tokens[{bits}, {operands}]" for bits in range(1, 9) for operands in (1, 4)}
 
 
 def test_nothing_spills(table: list[KernelResources]) -> None:
@@ -30,6 +35,11 @@ def test_nothing_is_added_atomically(table: list[KernelResources]) -> None:
 
 def test_vectorised_kernels_load_16_bytes_at_a_time(table: list[KernelResources]) -> None:
     assert all("16-byte loads" in row.notes for row in table if row.kernel.endswith(", true]"))
+
+
+def test_products_run_on_tensor_cores_from_asynchronous_copies(table: list[KernelResources]) -> None:
+    products = [row for row in table if row.kernel.startswith(("qmatmul.few_tokens", "qmatmul.many_tokens"))]
+    assert all(re.search(r"\d+ cp.async, \d+ mma.m16n8k32 u8.s8", row.notes) for row in products), products
 
 
 def test_the_log_of_ptxas_is_read() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import KernelResources
@@ -22,9 +23,9 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 # PTX whose number says whether a kernel does what it claims: wide loads, tensor cores, atomics.
 _NOTED = re.compile(
-    r"(?P<load>ld\.global[.\w:]*?\.v4)|(?P<mma>\bw?g?mma[.\w]*)|(?P<async>cp\.async\.c\w)|(?P<atomic>\b(?:atom|red)\.[.\w]*)"
+    r"(?P<load>ld\.global[.\w:]*?\.v4)|(?P<mma>\bmma\.sync[.\w]*)|(?P<async>cp\.async\.c\w)|(?P<atomic>\b(?:atom|red)\.[.\w]*)"
 )
-_NAMES = {"load": "16-byte loads", "mma": "mma", "async": "cp.async", "atomic": "atomics"}
+_NAMES = {"load": "16-byte loads", "async": "cp.async", "atomic": "atomics"}
 
 
 def nvcc() -> str | None:
@@ -33,25 +34,24 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def rows() -> list[KernelResources]:
-    """Every kernel of every .cu file, for every architecture.
+def rows(archs: Sequence[int] = ARCHS) -> list[KernelResources]:
+    """Every kernel of every .cu file, for every one of the architectures.
 
     Raises:
         RuntimeError: there is no nvcc, or it refuses a file.
     """
-    return [
-        row for source in sorted(CSRC.rglob("*.cu")) if "__global__" in source.read_text() for row in _resources(source)
-    ]
+    sources = [source for source in sorted(CSRC.rglob("*.cu")) if "__global__" in source.read_text()]
+    return [row for source in sources for row in _resources(source, archs)]
 
 
-def _resources(source: Path) -> list[KernelResources]:
+def _resources(source: Path, archs: Sequence[int]) -> list[KernelResources]:
     toolchain = f"nvcc {_version()}"
     result = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in ARCHS:
-            _, log = _compile(source, f"-arch=sm_{arch}", "--cubin", Path(folder) / "out.cubin")
-            ptx, _ = _compile(source, f"-arch=compute_{arch}", "--ptx", Path(folder) / "out.ptx")
-            notes = _notes_by_kernel(ptx.read_text())
+    for arch in archs:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = ("--keep", "--keep-dir", folder)  # its PTX
+            _, log = _compile(source, f"-arch=sm_{arch}", "--cubin", Path(folder) / "out.cubin", *kept)
+            notes = _notes_by_kernel((Path(folder) / f"{source.stem}.ptx").read_text())
             for kernel in _parse(log):
                 result.append(
                     KernelResources(
@@ -68,11 +68,11 @@ def _resources(source: Path) -> list[KernelResources]:
     return sorted(result, key=lambda row: (row.kernel, int(row.arch.removeprefix("sm_"))))
 
 
-def _compile(source: Path, arch: str, kind: str, output: Path) -> tuple[Path, str]:
+def _compile(source: Path, arch: str, kind: str, output: Path, *more: str) -> tuple[Path, str]:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("nvcc was found neither on PATH nor under CUDA_HOME")
-    command = [compiler, *FLAGS, arch, kind, str(source), "-o", str(output)]
+    command = [compiler, *FLAGS, arch, kind, *more, str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
@@ -96,9 +96,17 @@ def _parse(log: str) -> list[dict[str, str]]:
 def _notes_by_kernel(ptx: str) -> dict[str, str]:
     notes = {}
     for entry in re.split(r"\.entry ", ptx)[1:]:
-        counts = Counter(_NAMES[match.lastgroup] for match in _NOTED.finditer(entry) if match.lastgroup)
+        counts = Counter(_note(match) for match in _NOTED.finditer(entry))
         notes[re.match(r"\w+", entry)[0]] = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))  # type: ignore[index]
     return notes
+
+
+def _note(instruction: re.Match[str]) -> str:
+    if instruction.lastgroup == "mma":
+        # mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32: shape, and the types of the factors
+        _, _, _, shape, _, _, _, *factors = instruction["mma"].split(".")
+        return f"mma.{shape} {'.'.join(factors[:2])}"
+    return _NAMES[instruction.lastgroup or ""]
 
 
 def _readable(mangled: str) -> str:

@@ -33,11 +33,12 @@ NOTED = re.compile(r"LDG|STG|LDGSTS|LDL|STL|ATOMG?|REDG?|[IHB]G?MMA|UTC\w*MMA")
 WIDTHS = ("128", "64", "U16", "U8", "S8")
 
 
-def rows() -> list[KernelResources]:
-    """Every kernel in its main variants, for every architecture."""
+def rows(*families: str) -> list[KernelResources]:
+    """Every kernel (of these families, or of all) in its main variants, for every architecture."""
     return [
         resources(family, variant, kernel, log)
         for family, variant, call in _calls()
+        if not families or family in families
         for arch in ARCHS
         for kernel, log in compile_offline(call, arch)
     ]
@@ -47,7 +48,7 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(family, variant, a call that launches its kernels) at shapes and alignments as in use."""
     for mode in ("mean", "weightedmean", "max", "cls"):
         yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
-    for bits, rows in itertools.product((1, 3, 4, 8), (1, 512)):
+    for bits, rows in itertools.product((3, 8), (1, 512)):
         yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
 
 

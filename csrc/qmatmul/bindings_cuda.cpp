@@ -26,7 +26,8 @@ void qlinear(uintptr_t x, int dtype, int64_t rows, int64_t in_features, int64_t 
                              static_cast<DType>(bias_dtype),
                              in_features,
                              out_features,
-                             static_cast<qmatmul::Epilogue>(epilogue)};
+                             static_cast<qmatmul::Epilogue>(epilogue),
+                             qmatmul::Activations::int8};
   py::gil_scoped_release release;
   qmatmul::cuda::qlinear(input, layer, pointer<const void>(residual), pointer<void>(y), pointer<void>(workspace),
                          pointer<void>(stream));

@@ -256,8 +256,8 @@ __device__ void copy_codes(void* target, const Product& product, int64_t panel, 
 
 // Starts copying 16 bytes of the activations of `count` tiles from `first_tile` on, `offset` bytes into the part of
 // shared memory that holds them for a stage; zeros past the last tile.
-__device__ void copy_tokens(uint8_t* target, const QuantizedTokens& tokens, int64_t stage, int64_t first_tile, int count,
-                            int offset) {
+__device__ void copy_tokens(uint8_t* target, const QuantizedTokens& tokens, int64_t stage, int64_t first_tile,
+                            int count, int offset) {
   const int fragment = offset / (count * fragment_bytes);
   const int64_t tile = first_tile + offset / fragment_bytes % count;
   const bool inside = tile < tokens.tiles;
@@ -554,7 +554,8 @@ struct Workspace {
 bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class T>
-void launch_quantize(const Input& x, int64_t in_features, int64_t stages, const QuantizedTokens& to, cudaStream_t stream) {
+void launch_quantize(const Input& x, int64_t in_features, int64_t stages, const QuantizedTokens& to,
+                     cudaStream_t stream) {
   const bool vectorised = x.stride % 4 == 0 && is_aligned(x.data, 4 * sizeof(T));
   const auto grid = static_cast<unsigned>(to.tiles * operand_tokens);
   quantize_tokens<T><<<grid, quantize_threads, 0, stream>>>(static_cast<const T*>(x.data), x.rows, x.stride,
@@ -641,8 +642,8 @@ void qlinear(const Input& x, const Layer& layer, const void* residual, void* y, 
   }
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   auto* const memory = static_cast<uint8_t*>(workspace);
-  const QuantizedTokens tokens{reinterpret_cast<TokenFragment*>(memory), reinterpret_cast<float*>(memory + parts.scales_at),
-                           parts.tiles};
+  const QuantizedTokens tokens{reinterpret_cast<TokenFragment*>(memory),
+                               reinterpret_cast<float*>(memory + parts.scales_at), parts.tiles};
   switch (x.dtype) {
     case DType::f32:
       launch_quantize<float>(x, layer.in_features, parts.stages, tokens, stream);

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_qmatmul import ALL_BITS, DTYPES, ZEROS, Layer, make_layer, oracle, random_x
+from qmatmul_layers import ALL_BITS, DTYPES, ZEROS, Layer, make_layer, oracle, random_x
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from fastembed.triton_kernels.pooling import BLOCK_TOKENS, TILE_BYTES
 
 @pytest.fixture(scope="module")
 def table() -> list[KernelResources]:
-    return rows()
+    return rows("pooling")
 
 
 def test_every_kernel_compiles_for_every_architecture(table: list[KernelResources]) -> None:

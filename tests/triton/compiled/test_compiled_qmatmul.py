@@ -1,0 +1,32 @@
+"""The Triton qmatmul kernels, compiled for real architectures by the calls that launch them, without a GPU."""
+
+import pytest
+
+from bench.static import KernelResources
+from bench.static.triton import rows
+
+
+@pytest.fixture(scope="module")
+def table() -> list[KernelResources]:
+    return rows("qmatmul")
+
+
+def test_nothing_spills(table: list[KernelResources]) -> None:
+    assert [row for row in table if row.spill_bytes or row.stack_bytes] == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "few", "many"),
+    [("sm_80", "IMMA", "IMMA"), ("sm_90", "IMMA", "IGMMA"), ("sm_100", "IMMA", "UTCIMMA")],
+)
+def test_products_run_on_int8_tensor_cores(table: list[KernelResources], arch: str, few: str, many: str) -> None:
+    for rows_of_x, instruction in (("1 rows", few), ("512 rows", many)):
+        notes = [
+            row.notes for row in table if row.arch == arch and "multiply" in row.kernel and rows_of_x in row.kernel
+        ]
+        assert len(notes) == 2
+        assert all(f" {instruction}" in note for note in notes)
+
+
+def test_nothing_is_added_atomically(table: list[KernelResources]) -> None:
+    assert [row for row in table if "ATOM" in row.notes or "RED" in row.notes] == []

@@ -30,6 +30,7 @@ __all__ = [
     "QuantConfig",
     "SDCCodes",
     "SwapReport",
+    "dense_exits",
     "fde_documents",
     "fde_queries",
     "hamming_range",
@@ -52,6 +53,7 @@ __all__ = [
 
 if _torch is not None:
     from . import nn
+    from .dense import dense_exits
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits
     from .prepend import prepend_token

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
@@ -226,6 +227,24 @@ def test_slices_give_what_the_whole_batch_gives() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0.02)
     positional = encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     torch.testing.assert_close(positional, whole.last_hidden_state, rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_a_decoder_keeps_the_cache_of_the_whole_batch_and_is_sliced_without_one() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    decoder = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=100, pad_token_id=0)).eval()
+    inputs = tiny_models.batch(rows=60, length=40)
+    swapped(decoder)
+    ran: list[int] = []
+    decoder.layers[0].register_forward_hook(lambda _module, args, _output: ran.append(len(args[0])))
+    outputs = decoder(**inputs)
+    assert ran == [60]
+    assert all(layer.keys.shape[0] == 60 for layer in outputs.cache.layers)
+    ran.clear()
+    sliced = decoder(**inputs, use_cache=False)
+    assert len(ran) > 1
+    assert sliced.cache is None
+    torch.testing.assert_close(sliced.last_hidden_state, outputs.last_hidden_state, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch.save"])

@@ -24,6 +24,7 @@ DIMS = (32, 64, 128, 256, 384)
 TRAINED_DIMS = (32, 128, 384)
 MAX_TOKENS = 64
 BATCH = 64
+WINDOW = 8  # batches that are sorted by length together
 LEARNING_RATE = 1e-4
 WARM_UP = 0.1  # part of the steps
 TEMPERATURE = 0.05
@@ -52,7 +53,7 @@ def fine_tune(model: SentenceTransformer, pairs: Sequence[Pair], epochs: int, se
     loss_of = SentenceTransformerExitLoss(model, StarbucksLoss(exits, temperature=TEMPERATURE, normalize=True))
     torch.manual_seed(seed)
     shuffle = random.Random(seed)
-    steps = epochs * (len(pairs) // BATCH)
+    steps = epochs * len(batches(pairs, random.Random(seed)))
     warm_up = max(1, round(WARM_UP * steps))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -61,9 +62,7 @@ def fine_tune(model: SentenceTransformer, pairs: Sequence[Pair], epochs: int, se
     model.train()
     with tqdm(total=steps, desc="Training", unit=" step") as progress:
         for _ in range(epochs):
-            order = shuffle.sample(range(len(pairs)), len(pairs))
-            for start in range(0, len(order) - BATCH + 1, BATCH):
-                batch = [pairs[index] for index in order[start : start + BATCH]]
+            for batch in batches(pairs, shuffle):
                 columns = ([pair.query for pair in batch], [pair.document for pair in batch])
                 loss = loss_of([model.preprocess(texts) for texts in columns])
                 optimizer.zero_grad()
@@ -73,6 +72,16 @@ def fine_tune(model: SentenceTransformer, pairs: Sequence[Pair], epochs: int, se
                 progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 progress.update()
     model.eval()
+
+
+def batches(pairs: Sequence[Pair], shuffle: random.Random) -> list[list[Pair]]:
+    """One epoch in random order, pairs of about the same length together: padding is work for nothing."""
+    order = shuffle.sample(pairs, len(pairs))
+    cut = []
+    for start in range(0, len(order), WINDOW * BATCH):
+        window = sorted(order[start : start + WINDOW * BATCH], key=lambda pair: len(pair.query))
+        cut += [window[first : first + BATCH] for first in range(0, len(window) - BATCH + 1, BATCH)]
+    return shuffle.sample(cut, len(cut))
 
 
 def retrieval(model: SentenceTransformer, pairs: Sequence[Pair]) -> dict[Exit, tuple[float, float]]:

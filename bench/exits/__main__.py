@@ -25,7 +25,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.exits", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pairs", type=int, help="take so many pairs of the corpus only, to try it out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="folder of another saved model")

@@ -23,14 +23,19 @@ class Backbone:
         layers: its layers in the order they run.
         path: where the layers stand in it.
         final_norm: the norm behind the last layer, or None.
-        hidden_size: features of the hidden states.
+        widths: features of the hidden states, of the embedding output and behind every layer.
     """
 
     model: nn.Module
     layers: nn.ModuleList
     path: str
     final_norm: nn.Module | None
-    hidden_size: int
+    widths: tuple[int, ...]
+
+    @property
+    def hidden_size(self) -> int:
+        """Features behind the last layer."""
+        return self.widths[-1]
 
 
 def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
@@ -40,7 +45,7 @@ def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
         ValueError: no list of layers is there.
     """
     config = getattr(model, "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = getattr(config, "num_hidden_layers", getattr(config, "num_encoder_blocks", None))
     if layers is None:
         path = next((name for name, module in model.named_modules() if _is_stack(module, depth)), None)
         if path is None:
@@ -58,10 +63,18 @@ def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
             )
     stack = model.get_submodule(path)
     assert isinstance(stack, nn.ModuleList)
-    hidden_size = getattr(config, "hidden_size", None)
-    if not isinstance(hidden_size, int):
+    return Backbone(model, stack, path, _find_final_norm(model, path), _find_widths(model, len(stack)))
+
+
+def _find_widths(model: nn.Module, depth: int) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    if isinstance(width := getattr(config, "hidden_size", None), int):
+        return (width,) * (depth + 1)
+    widths = getattr(config, "hidden_sizes", ())
+    if len(widths) != depth:
         raise ValueError(f"model must have config.hidden_size, and {type(model).__name__} has not")
-    return Backbone(model, stack, path, _find_final_norm(model, path), hidden_size)
+    # A hierarchy of stages, each with an embedding of its own; the first takes the image.
+    return (config.num_channels, *widths)  # type: ignore[union-attr]
 
 
 def _is_stack(module: nn.Module, depth: int | None) -> bool:
@@ -120,7 +133,7 @@ def watch_layers(backbone: Backbone, last: int, receive: Callable[[int, Tensor],
 
     def hand_over(layer: int, hidden: Any) -> None:
         if threading.get_ident() == owner:
-            receive(layer, hidden if isinstance(hidden, Tensor) else hidden[0])
+            receive(layer, _tokens(hidden if isinstance(hidden, Tensor) else hidden[0]))
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hand_over(0, args[0] if args else kwargs["hidden_states"])
@@ -135,3 +148,8 @@ def watch_layers(backbone: Backbone, last: int, receive: Callable[[int, Tensor],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tokens(hidden: Tensor) -> Tensor:
+    """[B, T, D]; of a feature map [B, D, H, W] its places, row by row."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden

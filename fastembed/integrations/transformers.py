@@ -14,10 +14,7 @@ _BATCHED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "in
 
 
 def find_encoders(model: nn.Module) -> list[PreTrainedModel]:
-    """The outermost transformers encoders in a model, which may be one itself.
-
-    An encoder reads whole sequences at once: models with a cache of past tokens are none.
-    """
+    """The outermost transformers models in a model, which may be one itself, that read whole sequences at once."""
     found: list[PreTrainedModel] = []
     inside: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children
@@ -31,7 +28,8 @@ def find_encoders(model: nn.Module) -> list[PreTrainedModel]:
 def forward_in_slices(encoder: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """The encoder's own forward, in inference on the CPU over one slice of a large batch after the other."""
     forward = type(encoder).forward
-    rows = None if args or torch.compiler.is_compiling() or torch.is_grad_enabled() else _rows_per_slice(kwargs)
+    whole = args or torch.compiler.is_compiling() or torch.is_grad_enabled() or _returns_cache(encoder, kwargs)
+    rows = None if whole else _rows_per_slice(kwargs)
     if rows is None:
         return forward(encoder, *args, **kwargs)
     batched = {name: value for name, value in kwargs.items() if name in _BATCHED and value is not None}
@@ -41,6 +39,15 @@ def forward_in_slices(encoder: PreTrainedModel, *args: Any, **kwargs: Any) -> An
         piece = {name: value[start : start + rows] for name, value in batched.items()}
         outputs.append(forward(encoder, **{**kwargs, **piece}))
     return _concatenate(outputs)
+
+
+def _returns_cache(encoder: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a decoder is asked for the cache of its tokens, which is in one piece."""
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(encoder.config, "use_cache", False)
+    # Decoders have no such setting; models that can be either have it off as encoders.
+    return bool(wanted) and getattr(encoder.config, "is_decoder", True)
 
 
 def _rows_per_slice(kwargs: Mapping[str, Any]) -> int | None:

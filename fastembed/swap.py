@@ -114,8 +114,8 @@ def swap(
 
     - Every `torch.nn.Linear` becomes a `fastembed.nn.QuantLinear`; a GELU or ReLU that takes its output and nothing
       else is computed by it. Tied layers are quantised once and stay tied. Left alone: subclasses of nn.Linear, layers
-      with hooks, layers inside PyTorch's own composite modules (which read the weights themselves), weights tied to
-      something else (an embedding), and what `quantize.skip` says.
+      with hooks, layers inside modules that read their weights themselves (PyTorch's own composite ones and any whose
+      forward does), weights tied to something else (an embedding), and what `quantize.skip` says.
     - In sentence-transformers models, Pooling and a Normalize behind it become one pass of `fastembed.pool_exits`.
     - Transformers encoders run large batches in slices that fit the processor's caches.
 
@@ -264,8 +264,9 @@ def _why_left(linear: _Linear, config: QuantConfig, owners: dict[int, list[nn.Mo
         return "skip"
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}, not a plain nn.Linear"
-    for parent, _ in linear.places:
-        if type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, _CONTAINERS):
+    for parent, name in linear.places:
+        composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, _CONTAINERS)
+        if composite or surgery.reads_weight(type(parent), name):
             return f"{type(parent).__name__} reads its weights itself"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"

@@ -95,6 +95,25 @@ def test_an_activation_used_twice_or_on_something_else_stays() -> None:
     torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
 
 
+def test_a_layer_whose_weight_its_parent_reads_stays() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x) @ self.down.weight
+            return self.out(x.to(self.out.weight.dtype) if isinstance(self.out.weight, torch.Tensor) else x)
+
+    model = Reads()
+    x = torch.randn(3, 32)
+    expected = model(x)
+    report = swapped(model, EIGHT_BITS)
+    assert [row.name for row in report.rows] == ["up", "out"]
+    assert report.left == {"down": "Reads reads its weights itself"}
+    torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+
+
 def test_report_counts_actual_bytes(model: SentenceTransformer) -> None:
     tensors_before = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     linears = {name: sum(p.nbytes for p in m.parameters()) for name, m in model.named_modules() if type(m) is nn.Linear}

@@ -5,9 +5,11 @@ it, outside the parameters, the buffers and the module tree: `state_dict` and `.
 `copy.deepcopy` and pickle take the originals along, so a copy can be restored on its own.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -137,6 +139,26 @@ def _overrides(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Override]]:
 def _original(replacement: nn.Module) -> nn.Module | None:
     module: nn.Module | None = replacement.__dict__[_ORIGINAL].module
     return module
+
+
+def reads_weight(parent: type[nn.Module], name: str) -> bool:
+    """Whether a module's forward looks at the weight of its child `name` instead of only calling the child.
+
+    Not those that first ask whether it is a tensor (`isinstance(self.wo.weight, torch.Tensor)`): they know of quantised
+    layers, which have none.
+    """
+    return name in _weights_read(parent.forward)
+
+
+@cache
+def _weights_read(forward: Callable[..., Any]) -> frozenset[str]:
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):  # no source to read
+        return frozenset()
+    read = re.findall(r"\bself\.(\w+)\.weight\b", source)
+    asked = re.findall(r"isinstance\(\s*self\.(\w+)\.weight\b", source)
+    return frozenset(read) - frozenset(asked)
 
 
 def is_tensor_plain(tensor: torch.Tensor) -> bool:

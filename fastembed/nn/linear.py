@@ -44,6 +44,9 @@ class QuantLinear(nn.Module):
         TypeError, ValueError: a setting is not as above.
     """
 
+    # There is no float weight: models that look at one first ask whether it is a tensor (T5).
+    weight = None
+
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import fastembed
 from fastembed import MultiExitEncoder, QuantConfig
+from fastembed.integrations.prompts import FromToken
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
@@ -123,9 +124,10 @@ def tiny(architecture: str, **settings: Any) -> Callable[[], nn.Module]:
 
 
 class ModularStarEncoder(nn.Module):
-    """Its exits as released: every token goes through the exit's projection, then they are averaged."""
+    """Its exits as released: every token is projected by the exit's head; from the separator on they are averaged."""
 
     exits = (4, 9, 18, 27, 36)
+    separator = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +137,8 @@ class ModularStarEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.model(input_ids, attention_mask, output_hidden_states=True).hidden_states
-        mask = attention_mask[..., None].float()
+        begins = (input_ids == self.separator).int().argmax(1)
+        mask = (torch.arange(input_ids.shape[1]) >= begins[:, None])[..., None].float()
         embeddings = []
         for layer, projection in zip(self.exits, self.projections, strict=True):
             projected = projection(hidden[layer])
@@ -143,9 +146,18 @@ class ModularStarEncoder(nn.Module):
         return torch.cat(embeddings, dim=1)
 
 
+def separated_batch() -> Inputs:
+    """An instruction that is read and not pooled stands in front of the separator."""
+    batch = left_padded()
+    begins = batch["attention_mask"].argmax(1)
+    batch["input_ids"][torch.arange(len(begins)), begins + 2] = ModularStarEncoder.separator
+    return batch
+
+
 def modular_exits(model: Any, inputs: Inputs) -> Tensor:
     heads = dict(zip(model.exits, model.projections, strict=True))
-    encoder = MultiExitEncoder(model.model, [(layer, 48) for layer in model.exits], heads=heads)
+    exits = [(layer, 48) for layer in model.exits]
+    encoder = MultiExitEncoder(model.model, exits, heads=heads, select=FromToken(model.separator))
     return torch.cat(list(encoder(**inputs).values()), dim=1)
 
 
@@ -253,10 +265,10 @@ ARCHITECTURES = {
     "StarCoder2, bidirectional": Architecture(
         "ModularStarEncoder",
         lambda: seeded(ModularStarEncoder),
-        left_padded,
+        separated_batch,
         lambda model, inputs: model(**inputs),
         modular_exits,
-        "MultiExitEncoder: exits 4, 9, 18, 27 and 36, their heads after pooling",
+        "MultiExitEncoder: exits 4, 9, 18, 27 and 36, pooled from the separator on, their heads after pooling",
     ),
     "Mistral, bidirectional": text(
         "NV-Embed, E5-Mistral",

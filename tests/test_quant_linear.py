@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastembed
-from fastembed.nn import QuantLinear
+from fastembed.nn import QuantLinear, QuantLinearGroup
 from fastembed.quantization import quantize_rtn
 
 
@@ -327,6 +327,62 @@ def test_training_mode_is_kept_and_the_linear_is_not_changed() -> None:
     assert not layer.training
     assert layer.bias.data_ptr() != linear.bias.data_ptr()
     assert all(torch.equal(before[name], tensor) for name, tensor in linear.state_dict().items())
+
+
+def make_group(**settings: object) -> QuantLinearGroup:
+    torch.manual_seed(0)
+    sizes, bits, group_sizes = (70, 64, 130), (4, 8, 2), (64, 32, -1)
+    layers = [
+        QuantLinear.from_linear(nn.Linear(100, size), bits=b, group_size=g, **settings)
+        for size, b, g in zip(sizes, bits, group_sizes, strict=True)
+    ]
+    return QuantLinearGroup(layers)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float", "both"])
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (2, 9, 100), (300, 100), (0, 100)])
+def test_a_group_gives_what_its_layers_give(isa: str, activations: str, shape: tuple[int, ...]) -> None:
+    group = make_group()
+    for layer in group.layers[:2] if activations == "both" else group.layers:
+        layer.activations = activations if activations != "both" else "float"
+    x = torch.randn(shape)
+    for ours, layer in zip(group(x), group.layers, strict=True):
+        assert torch.equal(ours, layer(x))
+
+
+def test_a_group_on_threads(thread_counts: tuple[int, ...]) -> None:
+    layers = [QuantLinear.from_linear(nn.Linear(512, size)) for size in (1100, 512)]
+    group, x = QuantLinearGroup(layers), torch.randn(250, 512)
+    results = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        results.append(group(x))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_group_trains_compiles_and_takes_autocast() -> None:
+    group = make_group()
+    x = torch.randn(3, 100, requires_grad=True)
+    sum(y.sum() for y in group(x)).backward()
+    assert x.grad is not None
+    compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
+    x = x.detach()
+    assert all(torch.equal(a, b) for a, b in zip(compiled(x), group(x), strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(y.dtype == torch.bfloat16 for y in group(x))
+    assert all(torch.equal(a, b) for a, b in zip(copy.deepcopy(group)(x), group(x), strict=True))
+
+
+def test_a_group_refuses_what_does_not_fit() -> None:
+    layer = QuantLinear(100, 70)
+    with pytest.raises(TypeError, match="layers must be QuantLinears, got a Linear"):
+        QuantLinearGroup([layer, nn.Linear(100, 70)])
+    with pytest.raises(ValueError, match="the same in_features"):
+        QuantLinearGroup([layer, QuantLinear(64, 70)])
+    with pytest.raises(ValueError, match="the same in_features"):
+        QuantLinearGroup([])
+    with pytest.raises(ValueError, match="100 features in its last dimension"):
+        QuantLinearGroup([layer])(torch.zeros(3, 64))
 
 
 CHANGES: dict[str, Callable[[QuantLinear, QuantLinear], object]] = {

@@ -1,8 +1,8 @@
 """Drop-in modules."""
 
 from .binarizer import RecurrentBinarizer
-from .linear import QuantLinear
+from .linear import QuantLinear, QuantLinearGroup
 from .mix import LayerMix
 from .pooling import MultiExitPooling
 
-__all__ = ["LayerMix", "MultiExitPooling", "QuantLinear", "RecurrentBinarizer"]
+__all__ = ["LayerMix", "MultiExitPooling", "QuantLinear", "QuantLinearGroup", "RecurrentBinarizer"]

@@ -1,6 +1,6 @@
-"""QuantLinear: nn.Linear on packed weights of 1 to 8 bits."""
+"""QuantLinear: nn.Linear on packed weights of 1 to 8 bits; QuantLinearGroup: several on one input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -192,12 +192,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, plus `residual` [..., out_features] if there is one, added after the epilogue."""
-        device = "cpu" if x.is_cpu else x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(device))
-            residual = None if residual is None else residual.to(x.dtype)
-        if x.dim() and x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last dimension, got {list(x.shape)}")
+        x = _as_autocast(x)
+        if residual is not None:
+            residual = _as_autocast(residual)
+        _check_features(x, self.in_features)
         # nn.Module.__getattr__ would cost as much as a small layer.
         buffers = self._buffers
         if residual is None and qmatmul.runs_prepared(x, buffers["bias"]):
@@ -296,3 +294,48 @@ class QuantLinear(nn.Module):
                 error_msgs.append(f"{prefix}{name} must be {own.dtype} in the state_dict, got {loaded.dtype}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+
+
+class QuantLinearGroup(nn.Module):
+    """Several QuantLinears on one input, such as an attention's query, key and value, which is quantised once for all.
+
+    Each keeps its own bits, groups and epilogue, and gives the output that it would give alone, bit for bit.
+
+    Args:
+        layers: QuantLinears of the same in_features. They are used, not copied.
+
+    Raises:
+        TypeError, ValueError: a layer is no QuantLinear, in_features differ, or there is no layer.
+    """
+
+    def __init__(self, layers: Iterable[QuantLinear]) -> None:
+        super().__init__()
+        layers = list(layers)
+        for layer in layers:
+            if not isinstance(layer, QuantLinear):
+                raise TypeError(f"layers must be QuantLinears, got a {type(layer).__name__}")
+        if len({layer.in_features for layer in layers}) != 1:
+            raise ValueError(f"layers must have the same in_features, got {[layer.in_features for layer in layers]}")
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The layers' outputs, in their order, for x [..., in_features]."""
+        layers: Any = list(self.layers)
+        x = _as_autocast(x)
+        _check_features(x, layers[0].in_features)
+        if all(qmatmul.runs_prepared(x, layer._buffers["bias"]) for layer in layers):
+            return qmatmul.run_together([layer._prepare() for layer in layers], x)
+        return tuple(layer(x) for layer in layers)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where autocast is on."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _check_features(x: Tensor, in_features: int) -> None:
+    if x.dim() and x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} features in its last dimension, got {list(x.shape)}")

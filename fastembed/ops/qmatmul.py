@@ -1,5 +1,6 @@
 """Low-bit linear layers: checks, schema, fake kernel, autograd and backend choice."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -273,6 +274,21 @@ def prepare(
     _check_weight(codes, scales, zeros, bits, group_size, out_features, in_features)
     _check_bias(bias, out_features, codes.device)
     return Layer(codes, scales, zeros, bias, bits, group_size, in_features, out_features, epilogue, activations)
+
+
+def run_together(layers: Sequence[Layer], x: Tensor) -> tuple[Tensor, ...]:
+    """Layers of the same in_features on a checked x, which is quantised once: what each alone would return."""
+    rows = _as_rows(x)
+    outputs = tuple(x.new_empty(*x.shape[:-1], layer.out_features) for layer in layers)
+    core.qlinears(
+        [(layer.handle, y.data_ptr()) for layer, y in zip(layers, outputs, strict=True)],
+        rows.data_ptr(),
+        _DTYPE_CODES[x.dtype],
+        rows.shape[0],
+        rows.stride(0),
+        torch.get_num_threads(),
+    )
+    return outputs
 
 
 def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:

@@ -55,7 +55,9 @@ def test_wide_registers_stand_only_in_their_levels_code() -> None:
     for line in listing.splitlines():
         if line.endswith(">:"):
             function = line.partition("<")[2][:-2]
-            level = next((level for level in ("avx512vnni", "avx512", "avx2") if f"::{level}::" in function), None)
+            level = next(
+                (level for level in ("avx512bf16", "avx512vnni", "avx512", "avx2") if f"::{level}::" in function), None
+            )
             forbidden = {None: YMM_OR_ZMM, "avx2": ZMM_OR_MASK}.get(level, re.compile(r"(?!)"))
         elif forbidden.search(line):
             offenders.setdefault(function, line.strip())

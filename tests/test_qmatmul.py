@@ -136,12 +136,13 @@ def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> Non
     bits=st.sampled_from(ALL_BITS),
     symmetric=st.booleans(),
     activations=st.sampled_from(ACTIVATIONS),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_a_row_does_not_depend_on_its_batch(
-    isa: str, rows: int, in_features: int, bits: int, symmetric: bool, activations: str
+    isa: str, rows: int, in_features: int, bits: int, symmetric: bool, activations: str, dtype: torch.dtype
 ) -> None:
     layer = make_layer(in_features, 70, bits, 32, symmetric=symmetric, epilogue="gelu", activations=activations)
-    x = random_x(rows, in_features)
+    x = random_x(rows, in_features, dtype=dtype)
     y = layer(x)
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(layer(x[row]), y[row])
@@ -237,6 +238,9 @@ def test_float_activations_see_the_very_weight(isa: str, bits: int, zeros: str) 
         layer.codes, layer.scales, layer.zeros, bits=bits, group_size=64, out_features=70, in_features=100
     )
     assert torch.equal(layer(torch.eye(100)), weight.T)
+    if zeros != "fractional" and not (bits == 1 and zeros == "none"):
+        # These are products of exact bfloat16 numbers before their scale, so they come out rounded once.
+        assert torch.equal(layer(torch.eye(100, dtype=torch.bfloat16)), weight.T.bfloat16())
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])

@@ -70,6 +70,15 @@ Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void set_isa(const std::string& name) { active().store(parse(name), std::memory_order_relaxed); }
 
+bool has_avx512bf16() {
+#if defined(__x86_64__)
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  return supported && active_isa() == Isa::avx512vnni;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
 }  // namespace fastembed

@@ -22,6 +22,8 @@ void set_isa(const std::string& name);
 // The best level this CPU supports.
 Isa best_isa();
 const char* isa_name(Isa isa);
+// Whether bfloat16 dot products may be used: the level in use is avx512vnni, and the CPU has them on top.
+bool has_avx512bf16();
 
 // A family's kernels by level; null where the family has none of its own at a level and the one below serves.
 template <class Kernels>

@@ -8,7 +8,7 @@
 constexpr int64_t block_bytes = block_columns * 512;
 
 struct Block {
-  void* weights;  // [quads, block_columns, 4 input features] int8, or [4 * quads, block_columns] float
+  void* weights;  // as the level wants them
   // Where the arithmetic and the level need them.
   float* scales;   // [groups, block_columns]
   int32_t* zeros;  // [groups, block_columns]
@@ -18,31 +18,32 @@ struct Block {
   int64_t quads;
 };
 
-// How a panel is cut: int8 blocks hold whole groups, whose products are summed in integers.
 struct Cut {
   int64_t quads;
   int64_t groups;
   int64_t bytes_per_weight;
 };
 
-Cut cut_int8(const Panel& panel) {
-  const int64_t fitting = block_bytes / (quad * block_columns) / panel.group_quads;
+// Into blocks of whole groups, whose products are summed before they are scaled.
+inline Cut cut_by_groups(const Panel& panel, int64_t bytes_per_weight) {
+  const int64_t fitting = block_bytes / (quad * block_columns * bytes_per_weight) / panel.group_quads;
   const int64_t groups = fitting < 1 ? 1 : fitting < panel.groups ? fitting : panel.groups;
   const int64_t quads = groups * panel.group_quads;
-  return {quads < panel.quads ? quads : panel.quads, groups, 1};
+  return {quads < panel.quads ? quads : panel.quads, groups, bytes_per_weight};
 }
 
-Cut cut_float(const Panel& panel) {
-  const int64_t quads = block_bytes / (quad * block_columns * 4);
-  return {quads < panel.quads ? quads : panel.quads, 0, 4};
+// Into blocks of one size, for weights that have their scales in them.
+inline Cut cut_evenly(const Panel& panel, int64_t bytes_per_weight) {
+  const int64_t quads = block_bytes / (quad * block_columns * bytes_per_weight);
+  return {quads < panel.quads ? quads : panel.quads, 0, bytes_per_weight};
 }
 
 // How many tokens have sums waiting: all, or those of one tile where one block is the whole of them.
-int64_t rows_waiting(const Panel& panel, int64_t rows, const Cut& cut) {
+inline int64_t rows_waiting(const Panel& panel, int64_t rows, const Cut& cut) {
   return cut.quads < panel.quads ? rows : tile_rows;
 }
 
-int64_t scratch_bytes(const Panel& panel, int64_t rows, const Cut& cut) {
+inline int64_t scratch_bytes(const Panel& panel, int64_t rows, const Cut& cut) {
   const int64_t per_group = 2 * sizeof(float) + sizeof(int32_t);
   const int64_t per_column = cut.quads * quad * cut.bytes_per_weight + cut.groups * per_group +
                              rows_waiting(panel, rows, cut) * static_cast<int64_t>(sizeof(float));
@@ -76,7 +77,8 @@ struct Ahead {
 };
 
 inline const float* scales_of(const Tokens& tokens, int64_t row) { return tokens.scales + row; }
-inline const float* scales_of(const FloatTokens&, int64_t) {
+template <class Rows>
+const float* scales_of(const Rows&, int64_t) {
   static constexpr float ones[] = {1, 1, 1, 1, 1, 1};
   static_assert(tile_rows <= sizeof ones / sizeof *ones, "a scale per token of a tile");
   return ones;

@@ -74,6 +74,14 @@ struct FloatTokens {
   int64_t rows;
 };
 
+// Activations in bfloat16, laid out likewise, with the sums of their groups.
+struct BFloat16Tokens {
+  const uint16_t* values;
+  int64_t stride;
+  const float* sums;  // [rows, groups]
+  int64_t rows;
+};
+
 // Where the outputs of one panel go: [rows, row_stride], of which this panel fills `columns` columns.
 struct Output {
   void* data;
@@ -102,6 +110,16 @@ struct Kernels {
   void (*widen)(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride);
   void (*multiply_float)(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch);
   int64_t (*float_scratch_bytes)(const Panel& panel, int64_t rows);
+};
+
+// What CPUs with bfloat16 dot products do instead of the float kernels, for activations in bfloat16: the codes less
+// their origin are exact in bfloat16.
+struct BFloat16Kernels {
+  // One token as it is, with zeros behind, and the sums of its groups.
+  void (*copy)(const uint16_t* x, int64_t in_features, int64_t group_size, uint16_t* values, int64_t stride,
+               float* sums);
+  void (*multiply)(const Panel& panel, const BFloat16Tokens& tokens, const Output& output, void* scratch);
+  int64_t (*scratch_bytes)(const Panel& panel, int64_t rows);
 };
 
 // Both GELUs are max(x, 0) - gate(|x|) with a gate that falls to zero, tabulated as polynomials of degree 4 on

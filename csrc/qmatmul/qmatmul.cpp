@@ -17,8 +17,11 @@ extern const Kernels generic_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
 constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, &avx2_kernels, nullptr, &avx512vnni_kernels}};
+extern const BFloat16Kernels avx512bf16_kernels;
+const BFloat16Kernels* bfloat16_kernels() { return has_avx512bf16() ? &avx512bf16_kernels : nullptr; }
 #else
 constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, nullptr, nullptr, nullptr}};
+const BFloat16Kernels* bfloat16_kernels() { return nullptr; }
 #endif
 
 namespace {
@@ -85,15 +88,18 @@ void widen_bias(const Layer& layer, int64_t first, int64_t columns, float* bias)
 
 int64_t groups_of(const Layer& layer) { return divide_up(layer.in_features, layer.group_size); }
 bool is_int8(const Layer& layer) { return layer.activations == Activations::int8; }
-// How many group sums of a token a layer needs.
-int64_t sums_of(const Layer& layer) { return is_int8(layer) ? groups_of(layer) : 0; }
 int64_t panels_of(const Layer& layer) { return divide_up(layer.out_features, panel_width); }
 
 // One call, seen as tasks: rows to quantise, then panels by row ranges to multiply.
 class Call {
  public:
   Call(const Input& x, const Projection* projections, int64_t count, int threads)
-      : kernels_(kernels.active()), x_(x), projections_(projections), count_(count), threads_(threads) {
+      : kernels_(kernels.active()),
+        bfloat16_kernels_(x.dtype == DType::bf16 ? bfloat16_kernels() : nullptr),
+        x_(x),
+        projections_(projections),
+        count_(count),
+        threads_(threads) {
     for (int64_t i = 0; i < count; ++i) {
       panels_ += panels_of(layer(i));
       sums_per_row_ += sums_of(layer(i));
@@ -126,7 +132,9 @@ class Call {
     float* values;
     int8_t* codes;
     float* scales;
-    int32_t* sums;  // of one projection after the other, [rows, groups] each
+    int32_t* sums;  // of one projection after the other, [rows, groups] each; float for bfloat16 tokens
+
+    uint16_t* halves() const { return reinterpret_cast<uint16_t*>(values); }
 
     Activated(const Call& call, int64_t rows, int64_t stride) : stride(stride) {
       const int64_t floats = call.any_floats_ ? rows * stride : 0;
@@ -139,6 +147,11 @@ class Call {
     }
   };
 
+  // How many group sums of a token a layer needs.
+  int64_t sums_of(const Layer& layer) const {
+    return is_int8(layer) || bfloat16_kernels_ != nullptr ? groups_of(layer) : 0;
+  }
+
   const Layer& layer(int64_t i) const { return *projections_[i].layer; }
   int64_t in_features() const { return layer(0).in_features; }
 
@@ -149,19 +162,28 @@ class Call {
       const int64_t end = std::min(rows.count, (task + 1) * chunk);
       for (int64_t row = task * chunk; row < end; ++row) {
         const char* x = element(x_.data, x_.dtype, (rows.first + row) * x_.stride);
-        if (any_floats_) kernels_.widen(x, x_.dtype, in_features(), to.values + row * to.stride, to.stride);
-        if (any_int8_) quantize(x, rows.count, row, to);
+        if (any_int8_)
+          kernels_.quantize(x, x_.dtype, in_features(), to.codes + row * to.stride, to.stride, to.scales + row);
+        if (any_floats_ && bfloat16_kernels_ == nullptr) {
+          kernels_.widen(x, x_.dtype, in_features(), to.values + row * to.stride, to.stride);
+        }
+        sum_groups(x, rows.count, row, to);
       }
     });
   }
 
-  void quantize(const char* x, int64_t rows, int64_t row, const Activated& to) const {
-    int8_t* codes = to.codes + row * to.stride;
-    kernels_.quantize(x, x_.dtype, in_features(), codes, to.stride, to.scales + row);
+  // The group sums of a token, for every projection.
+  void sum_groups(const char* x, int64_t rows, int64_t row, const Activated& to) const {
     int32_t* sums = to.sums;
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t groups = sums_of(layer(i));
-      if (groups > 0) kernels_.sum_groups(codes, in_features(), layer(i).group_size, sums + row * groups);
+      int32_t* own = sums + row * groups;
+      if (is_int8(layer(i))) {
+        kernels_.sum_groups(to.codes + row * to.stride, in_features(), layer(i).group_size, own);
+      } else if (bfloat16_kernels_ != nullptr) {
+        bfloat16_kernels_->copy(reinterpret_cast<const uint16_t*>(x), in_features(), layer(i).group_size,
+                                to.halves() + row * to.stride, to.stride, reinterpret_cast<float*>(own));
+      }
       sums += rows * groups;
     }
   }
@@ -228,10 +250,15 @@ class Call {
     const Output output{
         static_cast<char*>(projection.y) + offset,         x_.dtype,       layer.out_features,        columns, bias,
         residual == nullptr ? nullptr : residual + offset, layer.epilogue, gate_table(layer.epilogue)};
+    const int32_t* sums = from.sums + place.sums_before * block_rows + first * sums_of(layer);
     if (is_int8(layer)) {
-      const int32_t* sums = from.sums + place.sums_before * block_rows + first * groups_of(layer);
       const Tokens tokens{from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count};
       kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, part.count)));
+    } else if (bfloat16_kernels_ != nullptr) {
+      const BFloat16Tokens tokens{from.halves() + first * from.stride, from.stride,
+                                  reinterpret_cast<const float*>(sums), part.count};
+      bfloat16_kernels_->multiply(panel, tokens, output,
+                                  scratch.at_least(bfloat16_kernels_->scratch_bytes(panel, part.count)));
     } else {
       const FloatTokens tokens{from.values + first * from.stride, from.stride, part.count};
       kernels_.multiply_float(panel, tokens, output, scratch.at_least(kernels_.float_scratch_bytes(panel, part.count)));
@@ -239,6 +266,7 @@ class Call {
   }
 
   const Kernels& kernels_;
+  const BFloat16Kernels* const bfloat16_kernels_;  // where they serve
   const Input& x_;
   const Projection* projections_;
   const int64_t count_;

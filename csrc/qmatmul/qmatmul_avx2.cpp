@@ -397,10 +397,10 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
                                                      multiply_tile_of<quads_at_once(6), false>,
                                                      multiply_tile_of<quads_at_once(7), false>,
                                                      multiply_tile_of<quads_at_once(8), true>};
-  multiply_blocks(panel, tokens, output, scratch, cut_int8(panel), unpack_block, of_bits[panel.bits]);
+  multiply_blocks(panel, tokens, output, scratch, cut_by_groups(panel, 1), unpack_block, of_bits[panel.bits]);
 }
 
-int64_t scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_int8(panel)); }
+int64_t scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_by_groups(panel, 1)); }
 
 // ---- in floats ------------------------------------------------------------------------------------------------------
 
@@ -465,10 +465,13 @@ constexpr MultiplyTile<FloatTokens> multiply_float_tile_of[tile_rows + 1] = {
     nullptr, multiply_float_tile<1>, multiply_float_tile<2>, multiply_float_tile<3>, multiply_float_tile<4>};
 
 void multiply_float(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch) {
-  multiply_blocks(panel, tokens, output, scratch, cut_float(panel), unpack_floats, multiply_float_tile_of);
+  multiply_blocks(panel, tokens, output, scratch, cut_evenly(panel, sizeof(float)), unpack_floats,
+                  multiply_float_tile_of);
 }
 
-int64_t float_scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_float(panel)); }
+int64_t float_scratch_bytes(const Panel& panel, int64_t rows) {
+  return scratch_bytes(panel, rows, cut_evenly(panel, sizeof(float)));
+}
 
 }  // namespace
 }  // namespace avx2

@@ -123,7 +123,7 @@ void finish(const Sums& sums, const float* scales, const Output& output) {
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
 // A tile, 16 output features by 4 input features, to bytes. Each 64-bit lane holds 8 codes: gather its `Bits` bytes,
-// then take byte j from bit Bits * j.
+// then take byte j from bit Bits * j. Nibbles have a shorter way.
 template <int Bits>
 struct Unpacker {
   __m512i bytes, shifts, mask;
@@ -142,17 +142,14 @@ struct Unpacker {
   INLINE __m512i operator()(const uint8_t* tile) const {
     if constexpr (Bits == 8) {
       return _mm512_loadu_si512(tile);
+    } else if constexpr (Bits == 4) {
+      const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
+      constexpr int either_and_mask = 0xa8;
+      return _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4), mask, either_and_mask);
     } else {
-      const __m512i lanes = _mm512_permutexvar_epi8(bytes, load(tile));
+      const __m512i words = _mm512_maskz_loadu_epi8((uint64_t{1} << 8 * Bits) - 1, tile);
+      const __m512i lanes = _mm512_permutexvar_epi8(bytes, words);
       return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), mask);
-    }
-  }
-
-  static INLINE __m512i load(const uint8_t* tile) {
-    if constexpr (Bits == 4) {
-      return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
-    } else {
-      return _mm512_maskz_loadu_epi8((uint64_t{1} << 8 * Bits) - 1, tile);
     }
   }
 };

@@ -5,7 +5,7 @@ from typing import NoReturn
 from ._distributions import warn_if_name_is_shared as _warn_if_name_is_shared
 from ._native import torch as _torch
 from .backends import use_backend
-from .index import BinaryIndex, IndexFileError
+from .index import BinaryIndex, IndexFileError, IVFBinaryIndex
 from .info import info
 from .ops.fde import FDEMatrices, fde_documents, fde_queries
 from .ops.relative import relative_representations
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BinaryIndex",
     "FDEMatrices",
+    "IVFBinaryIndex",
     "IndexFileError",
     "MultiExitEncoder",
     "QuantConfig",

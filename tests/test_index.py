@@ -23,7 +23,7 @@ QUERIES = RNG.standard_normal((7, DIM)).astype(np.float32)
 FORMATS: list[dict[str, Any]] = [
     {},
     {"rescore": "float32"},
-    *({"bits": bits, "metric": "sdc"} for bits in (1, 2, 3, 4)),
+    *({"bits": bits, "metric": "sdc"} for bits in (1, 2, 3, 4, 8)),
     {"bits": 2, "metric": "sdc", "rescore": "int8"},
 ]
 LARGEST_INT32 = np.iinfo(np.int32).max
@@ -204,6 +204,42 @@ def test_a_zero_vector_has_cosine_zero() -> None:
         scores, ids = index.search(np.array([[2, 0, 0], [0, 0, 0]], np.float32), 3)
         np.testing.assert_array_equal(ids, [[1, 0, 2], [0, 1, 2]])
         np.testing.assert_array_equal(scores, [[1, 0, -1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_range_search_finds_what_is_near(format: dict[str, Any]) -> None:
+    index = BinaryIndex(DIM, **format)
+    index.add(VECTORS[:30], range(100, 130))
+    for row in VECTORS[30:]:
+        index.add(row[None])
+    index.remove([103])
+    values, ids = index.search(QUERIES, 39, rescore_multiplier=0)
+    hamming = index.metric == "hamming"
+    for radius in (0, 5, 8, 20, 10**9) if hamming else (-2.0, -0.1, 0.2, float(values[0, 7]), 2.0):
+        for allowed in (None, [1, 2, 3, 104, 105]):
+            lims, found, numbers = index.range_search(QUERIES, radius, filter=allowed)
+            inside = values <= radius if hamming else values >= np.float32(radius)
+            if allowed is not None:
+                inside &= np.isin(ids, allowed)
+            np.testing.assert_array_equal(np.diff(lims), inside.sum(axis=1))
+            assert_same((found, numbers), (values[inside], ids[inside]))
+    ours = index.range_search(torch.from_numpy(QUERIES), radius)
+    assert all(isinstance(part, torch.Tensor) for part in ours)
+    for empty in (index.range_search(QUERIES[:0], 1), BinaryIndex(DIM, **format).range_search(QUERIES, 1)):
+        assert empty[0].tolist() == [0] * len(empty[0])
+        assert (len(empty[1]), len(empty[2])) == (0, 0)
+
+
+def test_bad_radius() -> None:
+    hamming, sdc = BinaryIndex(DIM), BinaryIndex(DIM, 2, "sdc")
+    with pytest.raises(TypeError, match="radius must be an integer, got 0.5"):
+        hamming.range_search(QUERIES, 0.5)
+    with pytest.raises(ValueError, match="radius must be at least 0, got -1"):
+        hamming.range_search(QUERIES, -1)
+    with pytest.raises(TypeError, match="radius must be a number, got 'x'"):
+        sdc.range_search(QUERIES, "x")
+    with pytest.raises(ValueError, match="radius must be a number, got NaN"):
+        sdc.range_search(QUERIES, float("nan"))
 
 
 def test_a_filter_that_leaves_too_few_fills_up() -> None:
@@ -451,7 +487,7 @@ def test_numpy_needs_no_pytorch(tmp_path: Any) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@given(dim=st.integers(1, 70), bits=st.integers(1, 4), rows=st.integers(1, 30))
+@given(dim=st.integers(1, 70), bits=st.integers(1, 8), rows=st.integers(1, 30))
 def test_any_dim_takes_its_own_codes_back(dim: int, bits: int, rows: int) -> None:
     x = np.random.default_rng(dim).standard_normal((rows, dim)).astype(np.float32)
     index, again = BinaryIndex(dim, bits, "sdc"), BinaryIndex(dim, bits, "sdc")

@@ -147,6 +147,38 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert_same_results(BinaryIndex.load(tmp_path / "index"), filled("hamming"))
 
 
+MAPPED = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from fastembed import BinaryIndex
+
+def most_resident():
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
+queries = np.zeros((1, 64), np.uint8)
+warm = BinaryIndex(512)
+warm.add(np.zeros((5000, 64), np.uint8))
+warm.search(queries, 10)
+before = most_resident()
+index = BinaryIndex.load(sys.argv[1], mmap=True)
+opened = most_resident() - before
+index.search(queries, 10)
+codes = 64 * len(index)
+assert opened < codes / 10, opened
+assert codes / 2 < most_resident() - before < 1.1 * codes, most_resident() - before
+"""
+
+
+def test_a_search_of_a_map_keeps_little_but_the_codes_resident(tmp_path: Path) -> None:
+    index = BinaryIndex(512)
+    index.add(np.random.default_rng(0).integers(0, 256, (1_000_000, 64), dtype=np.uint8))
+    index.save(tmp_path / "index")
+    command = [sys.executable, "-c", MAPPED, str(tmp_path / "index")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 # ---- damage ----
 
 

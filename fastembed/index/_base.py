@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from ..ops.search import SDCCodes, rescore
 from . import _file, _inputs
 from ._file import damaged
 from ._formats import CodeFormat, Column, Columns, VectorFormat, unit_rows
-from ._rows import Filter, Run, State
+from ._rows import Run, State
+from ._searching import best_rows, rows_within
 
 if TYPE_CHECKING:
     from typing import Self
@@ -56,6 +58,12 @@ class CodeIndex:
 
     def __len__(self) -> int:
         return self._state.live
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_writing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _writing=threading.Lock())
 
     # ---- rows come and go ----
 
@@ -157,6 +165,20 @@ class CodeIndex:
         )
         return columns["codes"] if self.metric == "hamming" else self._codes.as_sdc(columns)
 
+    def split(self, count: int) -> list[Self]:
+        """`count` indexes with the settings of this one that hold its rows, consecutive ids in each, in equal parts."""
+        checks.check_integer("count", count, 1)
+        run, next_id = self._merged_run(), self._state.next_id
+        parts = []
+        for ids in np.array_split(np.sort(run.ids), count):
+            rows = np.zeros(len(run), bool) if len(ids) == 0 else (run.ids >= ids[0]) & (run.ids <= ids[-1])
+            columns = {name: column[rows] for name, column in run.columns.items()}
+            part = copy.copy(self)
+            some = Run.arranged(run.ids[rows], run.lists[rows], self._list_count, columns)
+            part._state = State((some,) if len(some) else (), next_id)
+            parts.append(part)
+        return parts
+
     # ---- search ----
 
     def _search(
@@ -175,17 +197,23 @@ class CodeIndex:
             )
         selection = _inputs.check_filter(allowed)
         wanted = k if vectors is None else min(k * rescore_multiplier, state.live)
-        values, positions = self._candidates(state, given, codes, wanted, selection, **how)
+        values, positions = best_rows(self._codes, state, codes, wanted, selection, self._probed(given, codes, **how))
         if vectors is not None:
             values, positions = self._rescored(state, vectors, positions, k)
-        return _like(queries, values, state.ids_at(positions))
+        return like_queries(queries, values, state.ids_at(positions))
 
-    def _candidates(
-        self, state: State, queries: Any, codes: Columns, k: int, allowed: Filter | None, **how: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(values [Q, k], positions [Q, k]) of the best rows by their codes, ordered by value and id; where fewer are
-        found, the rest is `CodeFormat.worst` and -1."""
-        raise NotImplementedError
+    def _probed(self, queries: Any, codes: Columns, **how: Any) -> np.ndarray | None:
+        """int64 [Q, n]: the lists that each query looks into; None: all there are."""
+        return None
+
+    def _range_search(self, queries: Any, radius: float, allowed: Any, **how: Any) -> tuple[Any, Any, Any]:
+        state = self._state
+        _check_backend()
+        given = _inputs.to_numpy("queries", queries)
+        codes, selection = self._codes.encode("queries", given), _inputs.check_filter(allowed)
+        self._codes.check_radius(radius)
+        probed = self._probed(given, codes, **how) if state.runs else None
+        return like_queries(queries, *rows_within(self._codes, state, codes, radius, selection, probed))
 
     def _query_vectors(self, queries: Any, vectors: Any, rescore_multiplier: int) -> np.ndarray | None:
         """The vectors to re-score with, or None for no re-scoring."""
@@ -233,8 +261,7 @@ class CodeIndex:
         """
         state = self._state
         settings = {"kind": self.kind, "next_id": state.next_id, **self._settings()}
-        empty = Run(np.empty(0, np.int64), np.zeros(self._list_count + 1, np.int64), self._no_rows())
-        run = Run.merged(state.runs) if state.runs else empty
+        run = self._merged_run(state)
         _file.write_index_file(path, settings, {"ids": run.ids, **self._structure(run), **run.columns})
 
     @classmethod
@@ -320,6 +347,12 @@ class CodeIndex:
     def _list_count(self) -> int:
         return 1
 
+    def _merged_run(self, state: State | None = None) -> Run:
+        """All rows of a state (default: of now) in one run."""
+        runs = (self._state if state is None else state).runs
+        empty = Run(np.empty(0, np.int64), np.zeros(self._list_count + 1, np.int64), self._no_rows())
+        return Run.merged(runs) if runs else empty
+
     def _columns(self) -> dict[str, Column]:
         return {**self._codes.columns, **(self._vectors.columns if self._vectors is not None else {})}
 
@@ -376,7 +409,7 @@ def _live_ids(run: Run) -> np.ndarray:
     return run.ids if run.removed is None else run.ids[~run.removed]
 
 
-def _like(queries: Any, *results: np.ndarray) -> Any:
+def like_queries(queries: Any, *results: np.ndarray) -> Any:
     """The results as tensors on the device of the queries, if those are tensors."""
     source = queries.codes if isinstance(queries, SDCCodes) else queries
     if not _inputs.is_tensor(source):

@@ -15,6 +15,8 @@ from ..ops.search import SDCCodes
 from ._inputs import check_vectors, row_chunks
 from ._rows import Columns
 
+# Rows that a search within a cosine asks for first; four times as many while they do not reach out of it.
+_FIRST_WITHIN = 64
 METRICS = ("hamming", "sdc")
 VECTOR_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
@@ -88,11 +90,51 @@ class CodeFormat:
         codes = ops.sdc_encode(x, self.bits)
         return {name: getattr(codes, name) for name in self.columns}
 
-    def topk(self, queries: Columns, rows: Columns, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(values [Q, k], row numbers int64 [Q, k]), best first, equal values by row."""
+    def topk(
+        self,
+        queries: Columns,
+        columns: Columns,
+        k: int,
+        *,
+        rows: np.ndarray | None = None,
+        ranges: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values [Q, k], row numbers int64 [Q, k]), best first, equal values by row; of these rows and these ranges of
+        rows, if given. Where fewer are found, the rest is `worst` and -1."""
         if self.metric == "hamming":
-            return ops.hamming_topk(queries["codes"], rows["codes"], k)
-        return ops.sdc_topk(self.as_sdc(queries), self.as_sdc(rows), k)
+            return ops.hamming_topk(queries["codes"], columns["codes"], k, ids=rows, ranges=ranges)
+        return ops.sdc_topk(self.as_sdc(queries), self.as_sdc(columns), k, ids=rows, ranges=ranges)
+
+    def within(
+        self,
+        queries: Columns,
+        columns: Columns,
+        radius: float,
+        *,
+        rows: np.ndarray | None = None,
+        ranges: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(lims [Q + 1], values, row numbers) of the rows at least as good as `radius`, of these rows and ranges."""
+        if self.metric == "hamming":
+            return ops.hamming_range(queries["codes"], columns["codes"], int(radius), ids=rows, ranges=ranges)
+        most = len(columns["codes"]) if rows is None else len(rows)
+        k = min(_FIRST_WITHIN, most)
+        while True:
+            values, places = self.topk(queries, columns, k, rows=rows, ranges=ranges)
+            inside = (values >= radius) & (places >= 0)
+            if k == most or not inside[:, -1].any():
+                break
+            k = min(4 * k, most)
+        lims = np.concatenate([[0], np.cumsum(inside.sum(axis=1))])
+        return lims, values[inside], places[inside]
+
+    def check_radius(self, radius: Any) -> None:
+        if self.metric == "hamming":
+            checks.check_integer("radius", radius, 0)
+        elif isinstance(radius, bool) or not isinstance(radius, int | float | np.integer | np.floating):
+            raise TypeError(f"radius must be a number, got {radius!r}")
+        elif np.isnan(radius):
+            raise ValueError("radius must be a number, got NaN")
 
     def decode(self, columns: Columns) -> np.ndarray:
         """float32 [N, dim]: the vectors of unit length that the codes stand for."""

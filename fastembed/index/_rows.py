@@ -63,6 +63,11 @@ class Run:
     def live(self) -> int:
         return len(self.ids) if self.removed is None else int(np.count_nonzero(~self.removed))
 
+    @cached_property
+    def live_rows(self) -> np.ndarray | None:
+        """int64, ascending: the rows that have not been removed; None for all."""
+        return None if self.removed is None else np.nonzero(~self.removed)[0]
+
     @property
     def lists(self) -> np.ndarray:
         """The list of each row."""
@@ -173,25 +178,21 @@ class Filter:
         self._mask, self._ids = mask, ids
 
     def rows_of(self, run: Run) -> np.ndarray:
-        """bool [rows]: the rows of a run that may be found, removed or not."""
+        """int64, ascending: the rows of a run that may be found."""
         if self._ids is not None:
-            allowed = np.zeros(len(run), bool)
             rows = run.rows_of(self._ids)
-            allowed[rows[rows >= 0]] = True
-            return allowed
+            return np.sort(rows[rows >= 0])
         assert self._mask is not None
-        first, last = (int(run.ids[0]), int(run.ids[-1])) if len(run) else (0, -1)
+        first, last = int(run.ids[0]), int(run.ids[-1])
         if len(run.starts) == 2 and last - first == len(run) - 1 and last < len(self._mask):
-            return self._mask[first : last + 1]  # consecutive ids
-        inside = run.ids < len(self._mask)
-        allowed = np.zeros(len(run), bool)
-        allowed[inside] = self._mask[run.ids[inside]]
-        return allowed
+            allowed = self._mask[first : last + 1]  # consecutive ids
+        else:
+            inside = run.ids < len(self._mask)
+            allowed = np.zeros(len(run), bool)
+            allowed[inside] = self._mask[run.ids[inside]]
+        return np.nonzero(allowed if run.removed is None else allowed & ~run.removed)[0]
 
 
 def selected_rows(run: Run, allowed: Filter | None) -> np.ndarray | None:
-    """bool [rows]: those that a search may find; None for all."""
-    if allowed is None:
-        return None if run.removed is None else ~run.removed
-    rows = allowed.rows_of(run)
-    return rows if run.removed is None else rows & ~run.removed
+    """int64, ascending: the rows that a search may find; None for all."""
+    return run.live_rows if allowed is None else allowed.rows_of(run)

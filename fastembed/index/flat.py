@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._base import CodeIndex
-from ._merging import best_of
-from ._rows import Columns, Filter, State, selected_rows
 
 if TYPE_CHECKING:
     from typing import Self
@@ -70,22 +68,22 @@ class BinaryIndex(CodeIndex):
         """
         return self._search(queries, k, filter, vectors, rescore_multiplier)
 
-    def _candidates(
-        self, state: State, queries: Any, codes: Columns, k: int, allowed: Filter | None, **how: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for run, offset in state.located():
-            selected = selected_rows(run, allowed)
-            columns = {name: run.columns[name] for name in self._codes.columns}
-            rows = None
-            if selected is not None:
-                rows = np.nonzero(selected)[0]
-                columns = {name: column[rows] for name, column in columns.items()}
-            if len(columns["codes"]) == 0:
-                continue
-            values, places = self._codes.topk(codes, columns, min(k, len(columns["codes"])))
-            found.append((values, (places if rows is None else rows[places]) + offset))
-        return best_of(found, len(codes["codes"]), k, self._codes, state)
+    def range_search(self, queries: Any, radius: float, *, filter: Any = None) -> tuple[Any, Any, Any]:
+        """All rows near each query, exactly.
+
+        Args:
+            queries, filter: as for `search`.
+            radius: the largest distance, at least 0, for metric "hamming"; the smallest cosine for "sdc". A row just at
+                it is found. Nothing is re-scored.
+
+        Returns:
+            (lims int64 [Q + 1], values, ids int64): results lims[q] up to lims[q + 1] are those of query q, best first,
+            equal values by id.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+        """
+        return self._range_search(queries, radius, filter)
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Self:

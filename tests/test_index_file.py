@@ -96,6 +96,25 @@ def test_an_empty_index_is_saved_too(tmp_path: Path) -> None:
             assert loaded.add(VECTORS[:1]).tolist() == [305]
 
 
+def test_consecutive_ids_take_no_room(tmp_path: Path) -> None:
+    index = BinaryIndex(DIM)
+    index.add(VECTORS[:100], range(5, 105))
+    index.add(VECTORS[100:])
+    index.save(tmp_path / "index")
+    settings, arrays = _file.read_index_file(tmp_path / "index", mapped=True, verified=True)
+    assert (settings["first_id"], list(arrays)) == (5, ["codes"])
+    assert index.nbytes == arrays["codes"].nbytes
+    for mmap in (False, True):
+        loaded = load(index, tmp_path / "index", mmap=mmap)
+        assert_same_results(loaded, index)
+        assert loaded.ids.tolist() == list(range(5, 305))
+        loaded.remove([5, 304])
+        loaded.add(VECTORS[:1], [5])
+        assert loaded.ids.tolist() == list(range(5, 304))
+        with pytest.raises(IndexError, match="got 4"):
+            loaded.remove([4])
+
+
 def test_the_same_rows_make_the_same_file(tmp_path: Path) -> None:
     for name in ("one", "other"):
         filled("sdc int8").save(tmp_path / name)
@@ -130,7 +149,7 @@ def test_the_file_is_laid_out_as_documented(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sections["inverse_norms"], codes.inverse_norms)
     assert list(sections) == ["settings", "ids", "codes", "inverse_norms", "vectors", "vector_scales"]
     assert sections["settings"].tobytes() == (
-        b'{"bits": 3, "dim": 44, "kind": "flat", "metric": "sdc", "next_id": 1100, "rescore": "int8"}'
+        b'{"bits": 3, "dim": 44, "first_id": null, "kind": "flat", "metric": "sdc", "next_id": 1100, "rescore": "int8"}'
     )
 
 
@@ -244,10 +263,14 @@ FORGERIES: list[tuple[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any
     ("ids are not ascending", lambda settings, arrays: arrays.update(ids=arrays["ids"][::-1])),
     ("ids are not ascending", lambda settings, arrays: arrays.update(ids=arrays["ids"] - 5)),
     ("ids is", lambda settings, arrays: arrays.update(ids=arrays["ids"].astype(np.float32))),
-    ("'ids'", lambda settings, arrays: arrays.pop("ids")),
-    ("arrays", lambda settings, arrays: arrays.pop("codes")),
+    ("arrays", lambda settings, arrays: arrays.pop("ids")),
+    ("arrays", lambda settings, arrays: settings.update(first_id=0)),
+    ("first_id must be", lambda settings, arrays: (arrays.pop("ids"), settings.update(first_id=1000))),
+    ("first_id must be", lambda settings, arrays: (arrays.pop("ids"), settings.update(first_id=-1))),
+    ("first_id must be an integer", lambda settings, arrays: (arrays.pop("ids"), settings.update(first_id=0.0))),
+    ("'codes'", lambda settings, arrays: arrays.pop("codes")),
     ("arrays", lambda settings, arrays: arrays.update(more=arrays["ids"])),
-    ("codes is uint8", lambda settings, arrays: arrays.update(codes=arrays["codes"][1:])),
+    ("ids is int64|inverse_norms is", lambda settings, arrays: arrays.update(codes=arrays["codes"][1:])),
     ("codes is uint8", lambda settings, arrays: arrays.update(codes=arrays["codes"][:, 1:])),
     ("bits beyond dim 44", lambda settings, arrays: arrays.update(codes=arrays["codes"] | np.uint8(1))),
     ("inverse_norms must be", lambda settings, arrays: arrays.update(inverse_norms=0 * arrays["inverse_norms"])),

@@ -51,7 +51,7 @@ def probed_ids(index: IVFBinaryIndex, query: np.ndarray, nprobe: int) -> np.ndar
         order = np.argsort(bits.sum(axis=1, dtype=int), kind="stable")
     else:
         order = np.argsort(-(centroids @ query / np.linalg.norm(query)), kind="stable")
-    return run.ids[np.isin(run.lists, order[:nprobe])]
+    return run.id_array[np.isin(run.lists, order[:nprobe])]
 
 
 def assert_same(ours: tuple[Any, Any], expected: tuple[Any, Any]) -> None:

@@ -49,12 +49,13 @@ class CodeIndex:
     @property
     def ids(self) -> np.ndarray:
         """int64 [len(index)]: the ids there are, ascending."""
-        return np.sort(np.concatenate([np.empty(0, np.int64), *(_live_ids(run) for run in self._state.runs)]))
+        return self._state.ids
 
     @property
     def nbytes(self) -> int:
         """Bytes of ids, codes and vectors, in memory or mapped."""
-        return sum(run.ids.nbytes + sum(c.nbytes for c in run.columns.values()) for run in self._state.runs)
+        stored = [array for run in self._state.runs for array in (run.ids, *run.columns.values())]
+        return sum(array.nbytes for array in stored if isinstance(array, np.ndarray))
 
     def __len__(self) -> int:
         return self._state.live
@@ -91,15 +92,15 @@ class CodeIndex:
         with self._writing:
             state = self._state
             if given is None:
-                if count > _inputs.LARGEST_ID - state.next_id:
+                if count > _inputs.LARGEST_ID + 1 - state.next_id:
                     raise ValueError(f"ids must be given: {count} beyond {state.next_id - 1} are not left")
-                given = np.arange(state.next_id, state.next_id + count)
+                given = np.arange(count) + state.next_id if count else np.empty(0, np.int64)
             elif (present := given[state.positions_of(given) >= 0]).size:
                 raise ValueError(f"ids must not be in the index (update replaces rows), got {present[0]}")
             if count:
                 run = Run.arranged(given, lists, self._list_count, columns)
                 self._state = state.with_run(run, max(state.next_id, int(given.max()) + 1))
-        return given
+        return given.copy()  # the run's own must not change
 
     def remove(self, ids: Any) -> None:
         """Remove rows. Their memory is given up when they outnumber those left beside them.
@@ -159,7 +160,7 @@ class CodeIndex:
             IndexError: an id is not in the index.
         """
         state = self._state
-        given = self.ids if ids is None else _inputs.check_ids("ids", ids)
+        given = state.ids if ids is None else _inputs.check_ids("ids", ids)
         columns = (
             state.take(self._positions_of(state, given), list(self._codes.columns)) if len(given) else self._no_codes()
         )
@@ -170,11 +171,12 @@ class CodeIndex:
         checks.check_integer("count", count, 1)
         run, next_id = self._merged_run(), self._state.next_id
         parts = []
-        for ids in np.array_split(np.sort(run.ids), count):
-            rows = np.zeros(len(run), bool) if len(ids) == 0 else (run.ids >= ids[0]) & (run.ids <= ids[-1])
+        every_id = run.id_array
+        for ids in np.array_split(np.sort(every_id), count):
+            rows = np.zeros(len(run), bool) if len(ids) == 0 else (every_id >= ids[0]) & (every_id <= ids[-1])
             columns = {name: column[rows] for name, column in run.columns.items()}
             part = copy.copy(self)
-            some = Run.arranged(run.ids[rows], run.lists[rows], self._list_count, columns)
+            some = Run.arranged(every_id[rows], run.lists[rows], self._list_count, columns)
             part._state = State((some,) if len(some) else (), next_id)
             parts.append(part)
         return parts
@@ -260,9 +262,11 @@ class CodeIndex:
             OSError: the file cannot be written; what stood at `path` still does.
         """
         state = self._state
-        settings = {"kind": self.kind, "next_id": state.next_id, **self._settings()}
         run = self._merged_run(state)
-        _file.write_index_file(path, settings, {"ids": run.ids, **self._structure(run), **run.columns})
+        first_id = run.ids.start if isinstance(run.ids, range) else None
+        settings = {"kind": self.kind, "next_id": state.next_id, "first_id": first_id, **self._settings()}
+        ids = {} if isinstance(run.ids, range) else {"ids": run.ids}
+        _file.write_index_file(path, settings, {**ids, **self._structure(run), **run.columns})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False, verify: bool | None = None) -> Self:
@@ -285,7 +289,7 @@ class CodeIndex:
         settings, arrays = _file.read_index_file(
             path, mapped=mmap, verified=verified, always_verified=frozenset(cls._structure_names)
         )
-        kind, next_id = settings.pop("kind", None), settings.pop("next_id", None)
+        kind, next_id, first_id = (settings.pop(name, None) for name in ("kind", "next_id", "first_id"))
         if kind != cls.kind:
             raise _file.IndexFileError(
                 f"path must hold an index of kind {cls.kind!r}, but {os.fspath(path)} has {kind!r}"
@@ -293,7 +297,7 @@ class CodeIndex:
         try:
             index = cls._from_settings(settings, arrays)
             checks.check_integer("next_id", next_id, 0, _inputs.LARGEST_ID + 1)
-            run = index._run_of(arrays, next_id, verified)
+            run = index._run_of(arrays, next_id, first_id, verified)
         except (TypeError, ValueError, KeyError) as error:
             raise damaged(path, str(error)) from error
         index._state = State((run,) if len(run) else (), next_id)
@@ -317,25 +321,26 @@ class CodeIndex:
         """`Run.starts`, taken out of `arrays`."""
         return np.array([0, rows])
 
-    def _run_of(self, arrays: dict[str, np.ndarray], next_id: int, verified: bool) -> Run:
+    def _run_of(self, arrays: dict[str, np.ndarray], next_id: int, first_id: int | None, verified: bool) -> Run:
         """The rows of a file, or ValueError."""
-        ids = arrays.pop("ids")
-        starts = self._starts(arrays, len(ids))
-        expected = {"ids": Column(np.int64), **self._columns()}
-        if arrays.keys() | {"ids"} != expected.keys():
-            raise ValueError(f"it has arrays {sorted(arrays)} where {sorted(self._columns())} belong")
+        count = len(arrays["codes"])
+        starts = self._starts(arrays, count)
+        expected = self._columns()
+        if first_id is None:
+            expected["ids"] = Column(np.int64)
+        else:
+            checks.check_integer("first_id", first_id, 0, next_id - count)
+        if arrays.keys() != expected.keys():
+            raise ValueError(f"it has arrays {sorted(arrays)} where {sorted(expected)} belong")
         for name, column in expected.items():
-            array = ids if name == "ids" else arrays[name]
-            shape = (len(ids),) if column.width is None else (len(ids), column.width)
-            if (array.dtype, array.shape) != (np.dtype(column.dtype), shape):
-                raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+            shape = (count,) if column.width is None else (count, column.width)
+            if (arrays[name].dtype, arrays[name].shape) != (np.dtype(column.dtype), shape):
+                raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}")
+        ids = arrays.pop("ids") if first_id is None else range(first_id, first_id + count)
         run = Run(ids, starts, arrays)
-        if verified and len(ids):
-            falling = np.nonzero(ids[1:] <= ids[:-1])[0] + 1
-            if ids.min() < 0 or ids.max() >= next_id or not np.isin(falling, starts).all():
-                raise ValueError("ids are not ascending, between 0 and next_id")
-            if len(starts) > 2:
-                _inputs.check_distinct("ids", ids)
+        if verified and count:
+            if isinstance(ids, np.ndarray):
+                _check_ascending(ids, starts, next_id)
             self._codes.check(arrays)
             if self._vectors is not None:
                 self._vectors.check(arrays)
@@ -405,8 +410,13 @@ class CodeIndex:
         return positions
 
 
-def _live_ids(run: Run) -> np.ndarray:
-    return run.ids if run.removed is None else run.ids[~run.removed]
+def _check_ascending(ids: np.ndarray, starts: np.ndarray, next_id: int) -> None:
+    """Raise ValueError unless ids ascend within lists, are below next_id and distinct."""
+    falling = np.nonzero(ids[1:] <= ids[:-1])[0] + 1
+    if ids.min() < 0 or ids.max() >= next_id or not np.isin(falling, starts).all():
+        raise ValueError("ids are not ascending, between 0 and next_id")
+    if len(starts) > 2:
+        _inputs.check_distinct("ids", ids)
 
 
 def like_queries(queries: Any, *results: np.ndarray) -> Any:

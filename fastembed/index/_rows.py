@@ -16,13 +16,13 @@ class Run:
     """Rows in lists one after another (a flat index has one list), those of a list by ascending id.
 
     Attributes:
-        ids: int64 [N].
+        ids: int64 [N]; a range where they are consecutive, which costs no memory.
         starts: int64 [lists + 1], first row of each list, then N.
         columns: arrays of N rows.
         removed: bool [N], or None if no row has been removed.
     """
 
-    ids: np.ndarray
+    ids: np.ndarray | range
     starts: np.ndarray
     columns: Columns
     removed: np.ndarray | None = None
@@ -39,7 +39,8 @@ class Run:
             starts = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=list_count))])
         if order is not None:
             ids, columns = ids[order], {name: column[order] for name, column in columns.items()}
-        return cls(ids, starts, columns)
+        consecutive = len(starts) == 2 and len(ids) > 0 and ids[-1] - ids[0] == len(ids) - 1
+        return cls(range(int(ids[0]), int(ids[-1]) + 1) if consecutive else ids, starts, columns)
 
     @classmethod
     def merged(cls, runs: Sequence[Run]) -> Run:
@@ -47,7 +48,7 @@ class Run:
         if len(runs) == 1 and runs[0].removed is None:
             return runs[0]
         alive = [slice(None) if run.removed is None else ~run.removed for run in runs]
-        ids = np.concatenate([run.ids[rows] for run, rows in zip(runs, alive, strict=True)])
+        ids = np.concatenate([run.id_array[rows] for run, rows in zip(runs, alive, strict=True)])
         lists = np.concatenate([run.lists[rows] for run, rows in zip(runs, alive, strict=True)])
         columns = {
             name: np.concatenate([run.columns[name][rows] for run, rows in zip(runs, alive, strict=True)])
@@ -73,13 +74,24 @@ class Run:
         """The list of each row."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
+    @property
+    def id_array(self) -> np.ndarray:
+        return np.arange(len(self)) + self.ids.start if isinstance(self.ids, range) else self.ids
+
+    def ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of rows of any shape."""
+        return rows + self.ids.start if isinstance(self.ids, range) else self.ids[rows]
+
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """int64 [len(ids)]: the row of each id, -1 where it is not here or was removed."""
         if len(self) == 0:
             return np.full(len(ids), -1)
-        places = np.minimum(np.searchsorted(self.ids, ids, sorter=self._id_order), len(self) - 1)
-        rows = places if self._id_order is None else self._id_order[places]
-        here = self.ids[rows] == ids
+        if isinstance(self.ids, range):
+            rows = np.clip(ids, self.ids.start, self.ids.stop - 1) - self.ids.start
+        else:
+            places = np.minimum(np.searchsorted(self.ids, ids, sorter=self._id_order), len(self) - 1)
+            rows = places if self._id_order is None else self._id_order[places]
+        here = self.ids_of(rows) == ids
         if self.removed is not None:
             here &= ~self.removed[rows]
         return np.where(here, rows, -1)
@@ -92,7 +104,7 @@ class Run:
     @cached_property
     def _id_order(self) -> np.ndarray | None:
         """Rows by ascending id; None where they stand so."""
-        return None if len(self.starts) == 2 else np.argsort(self.ids)
+        return None if len(self.starts) == 2 else np.argsort(self.id_array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +120,12 @@ class State:
     @cached_property
     def live(self) -> int:
         return sum(run.live for run in self.runs)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [live], ascending."""
+        live = [run.id_array if run.removed is None else run.id_array[~run.removed] for run in self.runs]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *live]))
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -131,7 +149,7 @@ class State:
         ids = np.full(positions.shape, -1)
         for run, offset in self.located():
             here = (positions >= offset) & (positions < offset + len(run))
-            ids[here] = run.ids[positions[here] - offset]
+            ids[here] = run.ids_of(positions[here] - offset)
         return ids
 
     def take(self, positions: np.ndarray, names: Sequence[str]) -> Columns:
@@ -183,12 +201,12 @@ class Filter:
             rows = run.rows_of(self._ids)
             return np.sort(rows[rows >= 0])
         assert self._mask is not None
-        first, last = int(run.ids[0]), int(run.ids[-1])
-        if len(run.starts) == 2 and last - first == len(run) - 1 and last < len(self._mask):
-            allowed = self._mask[first : last + 1]  # consecutive ids
+        allowed = np.zeros(len(run), bool)
+        if isinstance(run.ids, range):
+            part = self._mask[run.ids.start : run.ids.stop]
+            allowed[: len(part)] = part
         else:
             inside = run.ids < len(self._mask)
-            allowed = np.zeros(len(run), bool)
             allowed[inside] = self._mask[run.ids[inside]]
         return np.nonzero(allowed if run.removed is None else allowed & ~run.removed)[0]
 

@@ -83,7 +83,7 @@ def _topk_of_lists(
         repeated = {name: np.repeat(column[some], lists, axis=0) for name, column in queries.items()}
         parts = codes.topk(repeated, run.columns, k, rows=rows, ranges=ranges[some].reshape(-1, 1, 2))
         of_lists, rows_of_lists = (part.reshape(len(some), -1) for part in parts)
-        ids = np.where(rows_of_lists < 0, -1, run.ids[rows_of_lists])
+        ids = np.where(rows_of_lists < 0, -1, run.ids_of(rows_of_lists))
         values[some], places[some] = best_by_id(of_lists, rows_of_lists, ids, k, largest=codes.best_is_largest)
     return values, places
 
@@ -98,7 +98,7 @@ def rows_within(
         lims, found, places = codes.within(queries, scan.run.columns, radius, rows=scan.rows, ranges=scan.ranges)
         numbers.append(np.repeat(np.arange(len(lims) - 1), np.diff(lims)))
         values.append(found)
-        ids.append(scan.run.ids[places])
+        ids.append(scan.run.ids_of(places))
     number, value, row_ids = (np.concatenate(parts) for parts in (numbers, values, ids))
     order = np.lexsort((row_ids, -value if codes.best_is_largest else value, number))
     sizes = np.bincount(number, minlength=len(queries["codes"]))

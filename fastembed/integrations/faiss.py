@@ -38,7 +38,7 @@ def to_faiss(index: BinaryIndex | IVFBinaryIndex) -> Any:
     bits = 8 * codes.shape[1]
     if isinstance(index, BinaryIndex):
         flat = faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(bits))
-        flat.add_with_ids(codes, run.ids)
+        flat.add_with_ids(codes, run.id_array)
         return flat
     if not isinstance(index._centroids, BinaryCentroids):
         raise ValueError("index must be trained and have binary centroids for FAISS")
@@ -47,7 +47,7 @@ def to_faiss(index: BinaryIndex | IVFBinaryIndex) -> Any:
     inverted = faiss.IndexBinaryIVF(quantizer, bits, index.lists)
     for number in np.nonzero(np.diff(run.starts))[0].tolist():
         rows = slice(int(run.starts[number]), int(run.starts[number + 1]))
-        ids, some = np.ascontiguousarray(run.ids[rows]), codes[rows]
+        ids, some = np.ascontiguousarray(run.id_array[rows]), codes[rows]
         inverted.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(some))
     inverted.ntotal, inverted.nprobe, inverted.is_trained = len(run), index.nprobe, True
     return inverted

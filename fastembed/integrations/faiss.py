@@ -71,16 +71,16 @@ def from_faiss(index: Any, dim: int | None = None) -> BinaryIndex | IVFBinaryInd
 
     if not isinstance(index, faiss.IndexBinary):
         raise TypeError(f"index must be a binary index of FAISS, got {type(index).__name__}")
-    index = faiss.downcast_IndexBinary(index)
-    dim = index.d if dim is None else dim
-    if isinstance(index, faiss.IndexBinaryIVF):
-        return _from_ivf(faiss, index, dim)
+    theirs = faiss.downcast_IndexBinary(index)  # does not keep the index alive: the argument does
+    dim = theirs.d if dim is None else dim
+    if isinstance(theirs, faiss.IndexBinaryIVF):
+        return _from_ivf(faiss, theirs, dim)
     ids = None
-    if isinstance(index, faiss.IndexBinaryIDMap):
-        ids = faiss.vector_to_array(index.id_map)
-        index = faiss.downcast_IndexBinary(index.index)
+    if isinstance(theirs, faiss.IndexBinaryIDMap):
+        ids = faiss.vector_to_array(theirs.id_map)
+        theirs = faiss.downcast_IndexBinary(theirs.index)
     ours = BinaryIndex(dim)
-    ours.add(_flat_codes(faiss, index), ids)
+    ours.add(_flat_codes(faiss, theirs), ids)
     return ours
 
 

@@ -54,7 +54,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"corpus_embeddings": CORPUS.numpy()}, TypeError, "must be all NumPy arrays or all tensors"),
     ({"corpus_embeddings": CORPUS.int()}, TypeError, "corpus_embeddings must be"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-    ({"bits": 5}, ValueError, "bits must be between 1 and 4"),
+    ({"bits": 9}, ValueError, "bits must be between 1 and 8"),
     ({"rescore_multiplier": 0}, ValueError, "rescore_multiplier must be at least 1"),
 ]
 

@@ -17,6 +17,7 @@ from ._rows import Columns
 
 # Rows that a search within a cosine asks for first; four times as many while they do not reach out of it.
 _FIRST_WITHIN = 64
+_WORST_COSINE, _WORST_DISTANCE = np.float32(-np.inf), np.int32(2**31 - 1)
 METRICS = ("hamming", "sdc")
 VECTOR_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
@@ -60,7 +61,7 @@ class CodeFormat:
     @property
     def worst(self) -> Any:
         """The value that fills up results where there is nothing to find."""
-        return np.float32(-np.inf) if self.best_is_largest else np.int32(np.iinfo(np.int32).max)
+        return _WORST_COSINE if self.best_is_largest else _WORST_DISTANCE
 
     @property
     def columns(self) -> dict[str, Column]:

@@ -146,6 +146,10 @@ class State:
 
     def ids_at(self, positions: np.ndarray) -> np.ndarray:
         """The ids at positions of any shape; -1 for -1."""
+        if len(self.runs) == 1:
+            ids = self.runs[0].ids_of(positions)
+            ids[positions < 0] = -1
+            return ids
         ids = np.full(positions.shape, -1)
         for run, offset in self.located():
             here = (positions >= offset) & (positions < offset + len(run))

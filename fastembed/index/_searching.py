@@ -12,6 +12,8 @@ from ._rows import Columns, Filter, Run, State, selected_rows
 
 # Results of one call of a kernel, at most.
 _RESULTS = 1 << 22
+# From a list to the places of its first row and the one past its last in `Run.starts`.
+_ENDS = np.array([0, 1])
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class _Scan:
 
 def _scans(state: State, allowed: Filter | None, probed: np.ndarray | None) -> Iterator[_Scan]:
     for run, offset in state.located():
-        ranges = None if probed is None else np.stack([run.starts[probed], run.starts[probed + 1]], axis=2)
+        ranges = None if probed is None else run.starts[probed[..., None] + _ENDS]
         scan = _Scan(run, offset, selected_rows(run, allowed), ranges)
         if scan.most:
             yield scan
@@ -48,8 +50,7 @@ def best_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(values [Q, k], positions [Q, k]) of the best rows by their codes, ordered by value and id; where fewer are
     found, the rest is `codes.worst` and -1. `probed` [Q, n] names the lists to look into; None: all."""
-    count = len(queries["codes"])
-    found = [(np.full((count, k), codes.worst), np.full((count, k), -1))]
+    found = []
     for scan in _scans(state, allowed, probed):
         wanted = min(k, scan.most)
         if scan.ranges is None:
@@ -59,6 +60,9 @@ def best_rows(
         else:
             values, places = _topk_of_lists(codes, queries, scan.run, wanted, scan.rows, scan.ranges)
         found.append((values, np.where(places < 0, -1, places + scan.offset)))
+    if sum(values.shape[1] for values, _ in found) < k:
+        shape = (len(queries["codes"]), k)
+        found.append((np.full(shape, codes.worst), np.full(shape, -1)))
     values, positions = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
     return best_by_id(values, positions, state.ids_at(positions), k, largest=codes.best_is_largest)
 

@@ -22,7 +22,7 @@ class BinaryIndex(CodeIndex):
 
     Args:
         dim: dimensions of the vectors, at least 1.
-        bits: bits of a code for each dimension, 1 to 4; 1 for metric "hamming".
+        bits: bits of a code for each dimension, 1 to 8; 1 for metric "hamming".
         metric: "hamming": distance of the sign bits, smaller is better. "sdc": cosine of the vectors that the codes of
             both sides stand for, larger is better (`sdc_topk`).
         rescore: keep the vectors too, at unit length, as "float32", "float16" or "int8" (scaled per vector), and order

@@ -33,7 +33,7 @@ def semantic_search(
         corpus_embeddings: [N, D], of the same kind (array or tensor), on the CPU. Or an index of them, which saves
             encoding the corpus at every call; if it keeps no vectors, scores are the cosines of codes.
         top_k: results for each query; all of them where the corpus is smaller.
-        bits: bits of the codes for each dimension, 1 to 4; an index has its own.
+        bits: bits of the codes for each dimension, 1 to 8; an index has its own.
         rescore_multiplier: candidates for each result wanted, at least 1.
 
     Returns:

@@ -41,6 +41,7 @@ __all__ = [
     "pack_bits",
     "pool_exits",
     "prepend_token",
+    "quantize",
     "relative_representations",
     "rescore",
     "sdc_encode",
@@ -59,7 +60,8 @@ if _torch is not None:
     from .ops.pooling import pool_exits
     from .prepend import prepend_token
     from .quantization import QuantConfig
-    from .swap import SwapReport, swap, unswap
+    from .report import SwapReport
+    from .swap import quantize, swap, unswap
     from .training import train_binarizer
 
 _warn_if_name_is_shared()

@@ -1,101 +1,25 @@
 """Put fastembed's layers into an existing model, and take them out again."""
 
 import copy
-import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from .integrations import surgery
 from .integrations.activations import epilogue_of, find_epilogues
 from .nn import QuantLinear
-from .quantization.config import QuantConfig, fits
-
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module's name that is a number
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-@dataclass(frozen=True)
-class SwapRow:
-    """One replaced module.
-
-    Attributes:
-        name: where it stands in the model.
-        kind: what it is now, "linear", "linear + gelu", "pooling", "pooling + normalize".
-        bits: bits per weight that are stored, scales and zero points included; None where there are no weights.
-        bytes_before, bytes_after: of its parameters and buffers. Of tied layers the first carries them.
-    """
-
-    name: str
-    kind: str
-    bits: float | None
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What `swap` did. `str()` of it is a table.
-
-    Attributes:
-        rows: the replaced modules, in the model's order.
-        left: linear layers that stay as they are: name -> why.
-        bytes_before, bytes_after: of all parameters and buffers of the model.
-        bytes_kept: of the original modules kept aside for `unswap`, on top of bytes_after.
-    """
-
-    rows: tuple[SwapRow, ...]
-    left: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-    bytes_kept: int
-
-    def __str__(self) -> str:
-        table = [("module", "now", "bits", "before", "after")]
-        for names, rows in _alike(self.rows):
-            bits = "" if rows[0].bits is None else f"{rows[0].bits:.2f}"
-            before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
-            table.append((names, rows[0].kind, bits, _size(before), _size(after)))
-        table.append(("whole model", "", "", _size(self.bytes_before), _size(self.bytes_after)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        aligned = [
-            [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells]
-            for cells in (enumerate(zip(row, widths, strict=True)) for row in table)
-        ]
-        lines = ["  ".join(cells) for cells in aligned]
-        rule = "-" * max(map(len, lines))
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        if self.bytes_kept:
-            lines.append(f"originals kept aside for unswap: {_size(self.bytes_kept)}")
-        lines += [f"left as it is: {name} ({why})" for name, why in self.left.items()]
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def _alike(rows: Sequence[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
-    """Rows that differ in one number of their name only, as one: layer.{0-5}.output.dense."""
-    groups: dict[tuple[Any, ...], list[SwapRow]] = defaultdict(list)
-    for row in rows:
-        groups[_NUMBER.sub("#", row.name), row.kind, row.bits, row.bytes_before, row.bytes_after].append(row)
-    named = []
-    for group in groups.values():
-        numbers = list(zip(*(_NUMBER.findall(row.name) for row in group), strict=True))
-        varying = [position for position, column in enumerate(numbers) if len(set(column)) > 1]
-        if len(varying) > 1:  # one number is a block, two are not obvious any more
-            named += [(row.name, [row]) for row in group]
-            continue
-        parts = _NUMBER.split(group[0].name)
-        labels = [column[0] for column in numbers]
-        for position in varying:
-            labels[position] = f"{{{numbers[position][0]}-{numbers[position][-1]}}}"
-        name = parts[0] + "".join(label + part for label, part in zip(labels, parts[1:], strict=True))
-        named.append((name if not varying else f"{name} ({len(group)})", group))
-    return named
+from .quantization.calibration import Calibration, prepare
+from .quantization.config import QuantConfig
+from .quantization.importance import hessians
+from .quantization.layers import Layers, Linear, find_layers
+from .quantization.planning import assign_bits
+from .quantization.quantizers import QUANTIZERS
+from .report import SwapReport, SwapRow
 
 
 def swap(
@@ -103,6 +27,8 @@ def swap(
     quantize: QuantConfig | None = QuantConfig(),  # noqa: B008 (frozen)
     pooling: bool = True,
     *,
+    calibration: Any = None,
+    tokenizer: Any = None,
     keep_originals: bool = True,
     verbose: bool = True,
 ) -> SwapReport:
@@ -123,14 +49,16 @@ def swap(
         model: a SentenceTransformer, a transformers model, or any module that holds such.
         quantize: how the linear layers are quantised; None leaves them as they are.
         pooling: whether pooling is replaced.
+        calibration, tokenizer: what `quantize` measures on, as `fastembed.quantize` takes them.
         keep_originals: keep the replaced modules for `unswap` and saving. They stay in memory where they are, so a
             swapped model takes more memory than before, not less: False gives them up, and with them both.
-        verbose: print the report.
+        verbose: show progress, and print the report.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is swapped already, nothing in it can be replaced, a pattern of `quantize.skip` fits no
-            linear layer, or a weight is NaN or infinite. The model is left as it was.
+        ValueError: the model is swapped already, nothing in it can be replaced, a pattern of `quantize` fits no
+            linear layer, a weight is NaN or infinite, the calibration is empty or yields NaN, or the budget is too
+            small. The model is left as it was, as it is when quantising is interrupted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -141,7 +69,7 @@ def swap(
     plan = _Plan(keep_originals)
     bytes_before = surgery.tensor_bytes(model)
     if quantize is not None:
-        _plan_linears(plan, model, quantize)
+        _plan_linears(plan, model, quantize, calibration, tokenizer, verbose)
     if pooling:
         _plan_pooling(plan, model)
     if not plan.rows:
@@ -152,11 +80,84 @@ def swap(
     _plan_saving(plan, model)
     plan.carry_out()
     report = SwapReport(
-        tuple(plan.rows), plan.left, bytes_before, surgery.tensor_bytes(model), surgery.original_bytes(model)
+        tuple(plan.rows),
+        plan.left,
+        bytes_before,
+        surgery.tensor_bytes(model),
+        surgery.original_bytes(model),
+        surgery.state_bytes(model),
     )
     if verbose:
         print(report)
     return report
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    avg_bits: float | None = None,
+    bits: int | Mapping[str, int] | None = None,
+    importance: str | Mapping[str, float] = "measured",
+    quantizer: str = "rtn",
+    calibration: Any = None,
+    tokenizer: Any = None,
+    group_size: int = 64,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    activations: str = "int8",
+    skip: Sequence[str] = (),
+    levels: Sequence[int] | None = None,
+    granularity: str = "block",
+    keep_originals: bool = False,
+    verbose: bool = True,
+) -> SwapReport:
+    """Quantise the linear layers of a model to a budget, in place: `swap` for size first.
+
+    The layers are scored, get bit-levels within the budget, are quantised one after the other and then exchanged, all
+    at once: until the last one is done the model is as it was. The same model, data and settings give the same bits.
+    Save the result with `fastembed.save_quantized`.
+
+    Args:
+        model: a SentenceTransformer, a transformers model, or any module with nn.Linear layers.
+        avg_bits: bits per weight on average, scales and zero points counted; layers get the levels that suit them.
+        bits: instead, the same level for all layers, or {pattern: bits}. 8 if neither is given.
+        importance, quantizer, group_size, symmetric, scale_dtype, activations, skip, levels, granularity: as
+            `fastembed.QuantConfig` takes them.
+        calibration: what the model is run on where it has to be (importance "measured" and "lim", quantizer "gptq"): a
+            list of texts, or of batches that the model takes (dicts, tuples or tensors). None: 64 texts of the Python
+            standard library, for models that can tokenise.
+        tokenizer: a transformers tokenizer, for texts where the model is no SentenceTransformer.
+        keep_originals: keep the replaced modules for `unswap`.
+        verbose: show progress, and print the report.
+
+    Returns:
+        Of every layer score, level, bits per weight, bytes and reconstruction error; of the model average bits, bytes.
+
+    Raises:
+        TypeError, ValueError: as `swap`.
+    """
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        activations=activations,
+        scale_dtype=scale_dtype,
+        skip=skip,
+        avg_bits=avg_bits,
+        importance=importance,
+        granularity=granularity,
+        levels=levels,
+        quantizer=quantizer,
+    )
+    return swap(
+        model,
+        config,
+        pooling=False,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        keep_originals=keep_originals,
+        verbose=verbose,
+    )
 
 
 def unswap(model: nn.Module) -> None:
@@ -194,39 +195,30 @@ class _Plan:
             step()
 
 
-@dataclass
-class _Linear:
-    """A linear layer to quantise, and every place in the model that holds it."""
+@dataclass(frozen=True)
+class _Quantised:
+    """A quantised weight, the relative error of what it stands for, and how its layer was scored."""
 
-    name: str
-    module: nn.Linear
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    layer: QuantLinear
+    error: float
+    score: float | None
 
 
-def _plan_linears(plan: _Plan, model: nn.Module, config: QuantConfig) -> None:
-    linears: dict[int, _Linear] = {}
-    for parent, name, path, child in surgery.places(model):
-        if isinstance(child, nn.Linear):
-            linears.setdefault(id(child), _Linear(path, child)).places.append((parent, name))
-    for pattern in config.skip:
-        if not any(fits(pattern, linear.name) for linear in linears.values()):
-            raise ValueError(f"skip must fit linear layers of the model, but {pattern!r} fits none")
-    owners = _owners_of_tensors(model)
-    quantised: dict[tuple[int, int], QuantLinear] = {}
+def _plan_linears(
+    plan: _Plan, model: nn.Module, config: QuantConfig, data: Any, tokenizer: Any, progress: bool
+) -> None:
+    layers = find_layers(model, config)
+    plan.left.update(layers.left)
+    quantised = _quantise(model, layers, config, data, tokenizer, progress) if layers.chosen else {}
     epilogues: dict[int, dict[str, str]] = {}
-    for linear in linears.values():
-        if (why := _why_left(linear, config, owners)) is not None:
-            plan.left[linear.name] = why
-            continue
+    for linear in layers.chosen:
+        tied = linear.tied_to is not None
+        of_weight = quantised[id(linear.tied_to or linear)]
+        # A shallow copy shares the dict of tensors, so that tied layers stay tied through .to().
+        layer = copy.copy(of_weight.layer) if tied else of_weight.layer
         module = linear.module
-        key = (id(module.weight), id(module.bias))
-        tied = key in quantised
-        if tied:
-            layer = copy.copy(quantised[key])  # shares the dict of tensors, so the two stay tied through .to()
-        else:
-            layer = quantised[key] = _quantise(linear, config)
         epilogue = None
-        if len(linear.places) == 1 and len(owners[id(module.weight)]) == 1:
+        if len(linear.places) == 1 and len(layers.owners[id(module.weight)]) == 1:
             parent, name = linear.places[0]
             if id(parent) not in epilogues:
                 epilogues[id(parent)] = find_epilogues(parent)
@@ -244,61 +236,67 @@ def _plan_linears(plan: _Plan, model: nn.Module, config: QuantConfig) -> None:
                 layer.bits_per_weight,
                 0 if tied else surgery.tensor_bytes(module),
                 0 if tied else layer.nbytes,
+                level=layer.bits,
+                weights=0 if tied else module.weight.numel(),
+                score=of_weight.score,
+                error=of_weight.error,
             )
         )
 
 
-def _owners_of_tensors(model: nn.Module) -> dict[int, list[nn.Module]]:
-    owners = defaultdict(list)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].append(module)
-    return owners
+def _quantise(
+    model: nn.Module, layers: Layers, config: QuantConfig, data: Any, tokenizer: Any, progress: bool
+) -> dict[int, _Quantised]:
+    """Every weight quantised, by the id of the first of the layers that have it. Nothing is changed yet."""
+    for linear in layers.weights:
+        _require_finite(linear)
+    calibration = prepare(model, data, tokenizer) if config.calibrates else None
+    assigned = assign_bits(model, layers, config, calibration, progress)
+    inputs = _hessians(layers, config, calibration)
+    quantised = {}
+    steps = zip(layers.weights, assigned, inputs, strict=True)
+    for linear, level, hessian in tqdm(
+        steps, desc="Quantising", unit=" layer", total=len(layers.weights), disable=not progress
+    ):
+        module = linear.module
+        try:
+            with torch.no_grad():
+                codes = QUANTIZERS[config.quantizer](
+                    module.weight, level.bits, config.group_size, config.symmetric, config.scale_dtype, hessian
+                )
+                bias = None if module.bias is None else module.bias.detach().clone()
+            layer = QuantLinear.from_codes(
+                *codes, bias, bits=level.bits, group_size=config.group_size, activations=config.activations
+            )
+        except ValueError as error:
+            raise _refused(linear, error) from error
+        quantised[id(linear)] = _Quantised(layer, _relative_error(layer, module.weight.detach()), level.score)
+    return quantised
 
 
-def _why_left(linear: _Linear, config: QuantConfig, owners: dict[int, list[nn.Module]]) -> str | None:
-    """Why a linear layer stays as it is, or None when it is to be quantised."""
-    module = linear.module
-    if config.skips(linear.name):
-        return "skip"
-    if type(module) is not nn.Linear:
-        return f"a {type(module).__name__}, not a plain nn.Linear"
-    for parent, name in linear.places:
-        composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, _CONTAINERS)
-        if composite or surgery.reads_weight(type(parent), name):
-            return f"{type(parent).__name__} reads its weights itself"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
-    if not surgery.is_tensor_plain(module.weight):
-        return f"its weight is a {type(module.weight).__name__} on {module.weight.device}"
-    if module.weight.dtype not in _FLOAT_DTYPES:
-        return f"its weight is {module.weight.dtype}"
-    if not module.weight.numel():
-        return "it is empty"
-    for owner in owners[id(module.weight)]:
-        if type(owner) is not nn.Linear or owner.weight is not module.weight:
-            return f"its weight is tied to a {type(owner).__name__}"
-        if owner.bias is not module.bias:
-            return "its weight is tied to a layer with another bias"
-    return None
+def _hessians(layers: Layers, config: QuantConfig, calibration: Calibration | None) -> Iterator[Tensor | None]:
+    """What the quantiser needs to know of the inputs of every weight."""
+    if config.quantizer != "gptq":
+        return iter([None] * len(layers.weights))
+    assert calibration is not None
+    return hessians(calibration, [[linear.module for linear in layers.of_weight(first)] for first in layers.weights])
 
 
-def _quantise(linear: _Linear, config: QuantConfig) -> QuantLinear:
-    bias = linear.module.bias
-    try:
-        if bias is not None and not bias.isfinite().all():
-            raise ValueError("bias must be finite, got NaN or infinite entries")
-        return QuantLinear.from_linear(
-            linear.module,
-            config.bits,
-            config.group_size,
-            config.symmetric,
-            config.activations,
-            scale_dtype=config.scale_dtype,
-        )
-    except ValueError as error:
-        raise ValueError(f"{linear.name} cannot be quantised: {error}; the model is left as it was") from error
+def _require_finite(linear: Linear) -> None:
+    for name, parameter in linear.module.named_parameters():
+        # A finite sum takes no temporaries; only one that is not needs a closer look.
+        if not parameter.sum().isfinite() and not parameter.isfinite().all():
+            raise _refused(linear, ValueError(f"{name} must be finite, got NaN or infinite entries"))
+
+
+def _refused(linear: Linear, error: ValueError) -> ValueError:
+    return ValueError(f"{linear.name} cannot be quantised: {error}; the model is left as it was")
+
+
+def _relative_error(layer: QuantLinear, weight: Tensor) -> float:
+    """Frobenius norm of the weight's error over that of the weight."""
+    norm = weight.float().norm()
+    return float((layer.dequantize() - weight.float()).norm() / norm) if norm else 0.0
 
 
 def _plan_pooling(plan: _Plan, model: nn.Module) -> None:
@@ -342,8 +340,7 @@ def save_original(model: nn.Module, method: str, *args: Any, **kwargs: Any) -> A
 
 def _require_originals(model: nn.Module, purpose: str) -> None:
     if not surgery.keeps_originals(model):
-        raise ValueError(f"model was swapped with keep_originals=False: swap with keep_originals=True to {purpose}")
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size} B"
+        raise ValueError(
+            f"model was swapped with keep_originals=False: swap with keep_originals=True to {purpose}, or write the "
+            "quantised model with fastembed.save_quantized"
+        )

@@ -1,50 +1,118 @@
 """What to quantise, and how."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+
+from .quantizers import QUANTIZERS
+
+IMPORTANCE = ("measured", "lim", "zd")
+GRANULARITIES = ("block", "linear")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How `fastembed.swap` quantises the linear layers of a model.
+    """How `fastembed.swap` and `fastembed.quantize` quantise the linear layers of a model.
+
+    A pattern (of `bits`, `importance` and `skip`) is shell-style over module names. It fits a layer when it fits a run
+    of whole components of its name: "pooler" and "encoder.layer.0" mean everything inside, "output.dense" and
+    "layer.*.attention" those layers of every block.
 
     Args:
-        bits, group_size, symmetric, activations, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
-        skip: layers to leave as they are, by shell-style patterns over module names. A pattern fits a layer when it
-            fits a run of whole components of its name: "pooler" and "encoder.layer.0" leave out everything inside,
-            "output.dense" and "layer.*.attention" leave out those layers of every block.
+        bits: of every layer; or {pattern: bits}, where of several patterns that fit a layer the last one counts, and
+            layers that none fits stay as they are. None with `avg_bits`.
+        avg_bits: bits per weight on average over the quantised layers, with everything that is stored for a weight
+            counted: codes, scales, zero points and padding. Layers get different bit-levels, by their importance.
+        importance: what decides, with `avg_bits`. "measured": how far the model's output moves when a layer is
+            quantised to each level, and the best allocation for that. "lim" and "zd": the scores of Dumitru et al.,
+            "Layer-Wise Quantization" (arXiv 2406.17415), and their two-level scheme, as with {pattern: score}, scores
+            of your own (higher is more important; 0 where no pattern fits).
+        granularity: what is scored by "lim" and "zd": transformer blocks ("block", as the paper has it) or every linear
+            layer by itself ("linear").
+        levels: the bit-levels to choose from with `avg_bits`. None: all of 1 to 8 for "measured", else the two
+            neighbouring ones between which the average lies.
+        quantizer: "rtn" (round-to-nearest), "hqq" (calibration-free, fractional zero points) or "gptq" (calibrated).
+        group_size, symmetric, activations, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
+        skip: patterns of layers to leave as they are.
 
     Raises:
-        TypeError: `skip` is not a sequence of strings.
-        ValueError: a setting that no kernel implements.
+        TypeError: a setting of the wrong type.
+        ValueError: a setting that no kernel implements, or that contradicts another.
     """
 
-    bits: int = 8
+    bits: int | Mapping[str, int] | None = None
     group_size: int = 64
     symmetric: bool = False
     activations: str = "int8"
     scale_dtype: torch.dtype = torch.float16
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
+    avg_bits: float | None = None
+    importance: str | Mapping[str, float] = "measured"
+    granularity: str = "block"
+    levels: Sequence[int] | None = None
+    quantizer: str = "rtn"
 
     def __post_init__(self) -> None:
         from ..nn import QuantLinear  # which imports the quantisers of this package
 
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"skip must be a list of strings, got {self.skip!r}")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        keep("skip", tuple(self.skip))
+        if self.bits is not None and self.avg_bits is not None:
+            raise ValueError(f"bits and avg_bits exclude each other, got {self.bits!r} and {self.avg_bits!r}")
+        if self.bits is None and self.avg_bits is None:
+            keep("bits", 8)
+        if isinstance(self.bits, Mapping):
+            if not self.bits:
+                raise ValueError("bits must have at least one pattern, got none")
+            keep("bits", _FrozenMapping(self.bits))
+        if self.avg_bits is not None and not (isinstance(self.avg_bits, int | float) and 0 < self.avg_bits < 64):
+            raise ValueError(f"avg_bits must be a positive number of bits per weight, got {self.avg_bits!r}")
+        if isinstance(self.importance, Mapping):
+            keep("importance", _FrozenMapping(self.importance))
+        elif self.importance not in IMPORTANCE:
+            raise ValueError(f"importance must be {_one_of(IMPORTANCE)} or a mapping, got {self.importance!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be {_one_of(GRANULARITIES)}, got {self.granularity!r}")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be {_one_of(tuple(QUANTIZERS))}, got {self.quantizer!r}")
+        if self.quantizer == "hqq" and self.symmetric:
+            raise ValueError("quantizer 'hqq' finds zero points: symmetric must be False, got True")
+        if self.levels is not None:
+            keep("levels", tuple(sorted(set(self.levels))))
+            if not self.levels:
+                raise ValueError("levels must have at least one bit-level, got none")
+            if not self.measures and len(self.levels) > 2:
+                raise ValueError(f"levels must be two unless importance is 'measured', got {list(self.levels)}")
         # The layer owns the rules for what it can be; an empty one applies them.
-        QuantLinear(
-            1,
-            1,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            activations=self.activations,
-            scale_dtype=self.scale_dtype,
-            device="meta",
-        )
+        chosen = self.bits.values() if isinstance(self.bits, Mapping) else [8 if self.bits is None else self.bits]
+        for bits in (*chosen, *(self.levels or ())):
+            QuantLinear(
+                1,
+                1,
+                bits=bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                activations=self.activations,
+                scale_dtype=self.scale_dtype,
+                device="meta",
+            )
+
+    @property
+    def measures(self) -> bool:
+        """Whether bit-levels follow from the measured effect of each level."""
+        return self.importance == "measured"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model has to be run."""
+        return self.quantizer == "gptq" or (self.avg_bits is not None and self.importance in ("measured", "lim"))
 
     def skips(self, name: str) -> bool:
         """Whether a pattern of `skip` fits the module name."""
@@ -52,5 +120,16 @@ class QuantConfig:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a pattern of `QuantConfig.skip` fits a module name."""
+    """Whether a pattern, as `QuantConfig` describes them, fits a module name."""
     return fnmatchcase(f".{name}.", f"*.{pattern}.*")
+
+
+class _FrozenMapping(dict[str, Any]):
+    """A mapping that a frozen, hashable configuration can hold."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"

@@ -35,8 +35,7 @@ def quantize_rtn(
     Raises:
         ValueError: the weight has NaN or infinite entries, or a group's step is too large for scale_dtype.
     """
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight must be finite, got NaN or infinite entries")
+    check_finite(weight)
     rows, columns = weight.shape
     if group_size == -1:
         group_size = whole_row(columns)
@@ -59,7 +58,7 @@ def _even_steps(
     low = groups.amin(dim=2).clamp(max=0)
     high = groups.amax(dim=2).clamp(min=0)
     spread = torch.maximum(-low, high) / (top // 2) if symmetric else (high - low) / top
-    scales = _stored(spread, scale_dtype)
+    scales = stored_scales(spread, scale_dtype)
     # Codes are found with the scale as stored. A group of zeros has scale 0 and any code will do.
     steps = torch.where(scales > 0, scales.float(), 1.0)
     zeros = torch.full_like(low, midpoint(bits)) if symmetric else (-low / steps).round().clamp(0, top)
@@ -71,14 +70,14 @@ def _two_values(
     groups: Tensor, inside: Tensor, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if symmetric:
-        scales = _stored(2 * _mean(groups.abs(), inside), scale_dtype)
+        scales = stored_scales(2 * _mean(groups.abs(), inside), scale_dtype)
         return groups > 0, scales, None
     above = (groups > _mean(groups, inside)[..., None]) & inside
     low, high = _mean(groups, inside & ~above), _mean(groups, above)
     high = torch.where(above.any(dim=2), high, low)
     # Where all weights are one value v, that is scale v times one step up from zero.
     flat = high == low
-    scales = _stored(torch.where(flat, low, high - low), scale_dtype)
+    scales = stored_scales(torch.where(flat, low, high - low), scale_dtype)
     steps = torch.where(scales == 0, 1.0, scales.float())
     zeros = torch.where(flat, -1.0, -low / steps).to(scale_dtype)
     return above, scales, zeros
@@ -88,7 +87,15 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, values, 0).sum(dim=2) / where.sum(dim=2).clamp(min=1)
 
 
-def _stored(steps: Tensor, dtype: torch.dtype) -> Tensor:
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError for a weight with NaN or infinite entries."""
+    # A finite sum takes one pass and no temporaries; only one that is not needs a closer look.
+    if not bool(weight.sum().isfinite()) and not bool(weight.isfinite().all()):
+        raise ValueError("weight must be finite, got NaN or infinite entries")
+
+
+def stored_scales(steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype that keeps them; ValueError where it cannot."""
     scales = steps.to(dtype)
     if not bool(scales.isfinite().all()):
         raise ValueError(f"weight is too large: a step of {steps.abs().max().item():.3g} does not fit in {dtype}")

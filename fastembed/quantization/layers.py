@@ -1,0 +1,137 @@
+"""The linear layers of a model: which may be quantised, which share a weight, and in which block each stands."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..integrations import surgery
+from .config import QuantConfig, fits
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# The list that a block stands in, and its number there.
+_BLOCK = re.compile(r"(?:^|.*?\.)[^\W\d]\w*\.\d+(?=\.)")
+
+
+@dataclass
+class Linear:
+    """A linear layer to quantise.
+
+    Attributes:
+        name: of its first place in the model.
+        module: the layer.
+        places: (parent, name there) of everywhere that holds it.
+        tied_to: an earlier layer with the same weight and bias, or None.
+    """
+
+    name: str
+    module: nn.Linear
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    tied_to: "Linear | None" = None
+
+
+@dataclass
+class Layers:
+    """What `find_layers` found.
+
+    Attributes:
+        chosen: the layers to quantise, in the model's order.
+        left: name -> why it stays as it is.
+        owners: id of a parameter -> the modules that hold it.
+    """
+
+    chosen: list[Linear]
+    left: dict[str, str]
+    owners: dict[int, list[nn.Module]]
+
+    @property
+    def weights(self) -> list[Linear]:
+        """One layer for every weight: the first of those that are tied."""
+        return [layer for layer in self.chosen if layer.tied_to is None]
+
+    def of_weight(self, first: Linear) -> list[Linear]:
+        """All layers that have the weight of this one."""
+        return [layer for layer in self.chosen if layer is first or layer.tied_to is first]
+
+
+def find_layers(model: nn.Module, config: QuantConfig) -> Layers:
+    """The layers of a model that the configuration quantises.
+
+    Raises:
+        ValueError: a pattern fits no linear layer.
+    """
+    linears: dict[int, Linear] = {}
+    for parent, name, path, child in surgery.places(model):
+        if isinstance(child, nn.Linear):
+            linears.setdefault(id(child), Linear(path, child)).places.append((parent, name))
+    for argument in ("skip", "bits", "importance"):
+        patterns = getattr(config, argument)
+        for pattern in patterns if isinstance(patterns, tuple | Mapping) else ():
+            if not any(fits(pattern, linear.name) for linear in linears.values()):
+                raise ValueError(f"{argument} must fit linear layers of the model, but {pattern!r} fits none")
+    found = Layers([], {}, _owners_of_tensors(model))
+    first: dict[tuple[int, int], Linear] = {}
+    for linear in linears.values():
+        if (why := _why_left(linear, config, found.owners)) is not None:
+            found.left[linear.name] = why
+            continue
+        key = (id(linear.module.weight), id(linear.module.bias))
+        linear.tied_to = first.get(key)
+        first.setdefault(key, linear)
+        found.chosen.append(linear)
+    return found
+
+
+def block_of(name: str) -> str | None:
+    """The name of the outermost numbered block that holds a layer, such as "encoder.layer.3", or None."""
+    # A sentence-transformers model numbers its modules, too, but they stand in no list with a name.
+    found = _BLOCK.match(name)
+    return None if found is None else found.group()
+
+
+def bits_of(name: str, bits: Mapping[str, int]) -> int | None:
+    """What {pattern: bits} says about a layer; the last pattern that fits counts."""
+    fitting = [level for pattern, level in bits.items() if fits(pattern, name)]
+    return fitting[-1] if fitting else None
+
+
+def _owners_of_tensors(model: nn.Module) -> dict[int, list[nn.Module]]:
+    owners = defaultdict(list)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(module)
+    return owners
+
+
+def _why_left(linear: Linear, config: QuantConfig, owners: dict[int, list[nn.Module]]) -> str | None:
+    """Why a linear layer stays as it is, or None when it is to be quantised."""
+    module = linear.module
+    if config.skips(linear.name):
+        return "skip"
+    if isinstance(config.bits, Mapping) and bits_of(linear.name, config.bits) is None:
+        return "no pattern of bits"
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, not a plain nn.Linear"
+    for parent, name in linear.places:
+        composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, _CONTAINERS)
+        if composite or surgery.reads_weight(type(parent), name):
+            return f"{type(parent).__name__} reads its weights itself"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if not surgery.is_tensor_plain(module.weight):
+        return f"its weight is a {type(module.weight).__name__} on {module.weight.device}"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {module.weight.dtype}"
+    if not module.weight.numel():
+        return "it is empty"
+    for owner in owners[id(module.weight)]:
+        if type(owner) is not nn.Linear or owner.weight is not module.weight:
+            return f"its weight is tied to a {type(owner).__name__}"
+        if owner.bias is not module.bias:
+            return "its weight is tied to a layer with another bias"
+    return None

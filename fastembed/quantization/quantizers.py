@@ -1,0 +1,35 @@
+"""The quantisers by name, behind one signature."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .gptq import quantize_gptq
+from .hqq import quantize_hqq
+from .rtn import quantize_rtn
+
+Quantized = tuple[Tensor, Tensor, Tensor | None]  # codes, scales, zeros as `QuantLinear.from_codes` takes them
+
+
+def _rtn(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, hessian: Tensor | None
+) -> Quantized:
+    return quantize_rtn(weight, bits, group_size, symmetric, scale_dtype)
+
+
+def _hqq(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, hessian: Tensor | None
+) -> Quantized:
+    return quantize_hqq(weight, bits, group_size, scale_dtype)
+
+
+def _gptq(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, hessian: Tensor | None
+) -> Quantized:
+    assert hessian is not None
+    return quantize_gptq(weight, bits, group_size, symmetric, scale_dtype, hessian=hessian)
+
+
+Quantizer = Callable[[Tensor, int, int, bool, torch.dtype, Tensor | None], Quantized]
+QUANTIZERS: dict[str, Quantizer] = {"rtn": _rtn, "hqq": _hqq, "gptq": _gptq}

@@ -42,6 +42,14 @@ def test_products_run_on_tensor_cores_from_asynchronous_copies(table: list[Kerne
     assert all(re.search(r"\d+ cp.async, \d+ mma.m16n8k32 u8.s8", row.notes) for row in products), products
 
 
+def test_searches_multiply_bits_and_bytes(table: list[KernelResources]) -> None:
+    notes = {row.kernel: row.notes for row in table if row.kernel.startswith("search.find")}
+    assert len(notes) == 10
+    for kernel, note in notes.items():
+        assert ("mma.m16n8k256 b1.b1" if "BitProducts" in kernel else "mma.m16n8k32 u8.s8") in note
+        assert "16-byte loads" in note
+
+
 def test_the_log_of_ptxas_is_read() -> None:
     log = (
         "ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90'\n"

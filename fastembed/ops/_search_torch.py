@@ -7,7 +7,9 @@ from .._native import core, num_threads
 from ..reference import search as reference
 from ..reference.search import sdc_levels
 from . import _search_checks as checks
+from . import _search_cuda
 from ._registry import Op
+from ._search_cuda import byte_rows
 
 __all__ = [
     "hamming_range",
@@ -54,7 +56,7 @@ def _cpu_hamming_topk(
 ) -> tuple[Tensor, Tensor]:
     distances, found = _fake_hamming_topk(queries, codes, k, mask, ids, ranges)
     selection = _Selection(codes, mask, ids, ranges)
-    queries, codes = _byte_rows(queries), _byte_rows(codes)
+    queries, codes = byte_rows(queries), byte_rows(codes)
     core.hamming_topk(
         *(queries.data_ptr(), queries.shape[0], queries.stride(0)),
         *(codes.data_ptr(), codes.shape[0], codes.stride(0), codes.shape[1]),
@@ -87,7 +89,7 @@ def _cpu_hamming_range(
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_hamming_range(queries, codes, radius, mask, ids, ranges)
     selection = _Selection(codes, mask, ids, ranges)
-    queries, codes = _byte_rows(queries), _byte_rows(codes)
+    queries, codes = byte_rows(queries), byte_rows(codes)
     result = core.hamming_range(
         *(queries.data_ptr(), queries.shape[0], queries.stride(0)),
         *(codes.data_ptr(), codes.shape[0], codes.stride(0), codes.shape[1]),
@@ -150,7 +152,7 @@ def _cpu_sdc_topk(
 ) -> tuple[Tensor, Tensor]:
     scores, found = _fake_sdc_topk(queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
     selection = _Selection(codes, mask, ids, ranges)
-    queries, codes = _byte_rows(queries), _byte_rows(codes)
+    queries, codes = byte_rows(queries), byte_rows(codes)
     query_inverse_norms, inverse_norms = query_inverse_norms.contiguous(), inverse_norms.contiguous()
     core.sdc_topk(
         *(queries.data_ptr(), query_inverse_norms.data_ptr(), queries.shape[0], queries.stride(0)),
@@ -210,11 +212,6 @@ class _Selection:
         )
 
 
-def _byte_rows(codes: Tensor) -> Tensor:
-    """The codes with the bytes of each row adjacent: as they are, or copied."""
-    return codes if codes.stride(1) == 1 else codes.contiguous()
-
-
 _FILTERS = "Tensor? mask=None, Tensor? ids=None, Tensor? ranges=None"
 
 pack_bits = Op(
@@ -230,7 +227,7 @@ unpack_bits = Op(
 )
 hamming_topk = Op(
     f"hamming_topk(Tensor queries, Tensor codes, SymInt k, {_FILTERS}) -> (Tensor distances, Tensor ids)",
-    implementations={"cpu": _cpu_hamming_topk, "reference": reference.hamming_topk},
+    implementations={"cpu": _cpu_hamming_topk, "cuda": _search_cuda.hamming_topk, "reference": reference.hamming_topk},
     fake=_fake_hamming_topk,
 )
 hamming_range = Op(
@@ -247,7 +244,7 @@ sdc_encode = Op(
 sdc_topk = Op(
     "sdc_topk(Tensor queries, Tensor query_inverse_norms, Tensor codes, Tensor inverse_norms, int bits, SymInt dim, "
     f"SymInt k, {_FILTERS}) -> (Tensor scores, Tensor ids)",
-    implementations={"cpu": _cpu_sdc_topk, "reference": reference.sdc_topk},
+    implementations={"cpu": _cpu_sdc_topk, "cuda": _search_cuda.sdc_topk, "reference": reference.sdc_topk},
     fake=_fake_sdc_topk,
 )
 rescore = Op(

@@ -17,5 +17,6 @@
 #define blockDim (::cuda_on_cpu::current_launch.block_dim)
 #define gridDim (::cuda_on_cpu::current_launch.grid_dim)
 #define warpSize 32
+#define __noinline__
 #undef __launch_bounds__
 #define __launch_bounds__(...)

@@ -1,0 +1,133 @@
+"""csrc/search/search.cu through the whole Python path, against the reference: every id and every bit of a score."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastembed
+from fastembed import SDCCodes, hamming_topk, pack_bits, sdc_encode, sdc_topk
+from fastembed.ops import _search_cuda
+
+pytestmark = pytest.mark.usefixtures("simulated_cuda")
+
+# csrc/search/search.cu: the queries of one operand, the codes of the largest chunk, and of two slices.
+OPERAND, CHUNK, TWO_SLICES = 8, 256, 4096
+
+
+@pytest.fixture(params=[True, False], ids=["bit products", "byte products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on sm_80 and sm_90, and as on devices without one-bit products."""
+    monkeypatch.setattr(_search_cuda, "_has_bit_products", lambda device: request.param)
+
+
+def vectors(rows: int, dim: int, seed: int) -> Tensor:
+    """Of so few values that many distances are equal."""
+    return torch.randint(-2, 3, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def packed(*arguments: int) -> Tensor:
+    with fastembed.use_backend("reference"):
+        return pack_bits(vectors(*arguments))
+
+
+def encoded(rows: int, dim: int, seed: int, bits: int) -> SDCCodes:
+    with fastembed.use_backend("reference"):
+        return sdc_encode(vectors(rows, dim, seed) + 0.5, bits)
+
+
+def check(search: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    ours = search()
+    with fastembed.use_backend("reference"):
+        expected = search()
+    for our, exact in zip(ours, expected, strict=True):
+        assert our.dtype == exact.dtype
+        assert torch.equal(our, exact)
+
+
+def filters(draw: st.DrawFn, queries: int, codes: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    chosen: dict[str, Any] = {}
+    kind = draw(st.sampled_from(("none", "mask", "ids")))
+    listed = torch.rand(codes, generator=generator) < draw(st.sampled_from((0.02, 0.5)))
+    if kind == "mask":
+        chosen["mask"] = listed
+    if kind == "ids":
+        chosen["ids"] = listed.nonzero().squeeze(1)
+    if draw(st.booleans()):
+        ends = torch.randint(0, codes + 1, (queries, draw(st.integers(0, 3)), 2), generator=generator)
+        chosen["ranges"] = ends.sort(dim=-1)[0]
+    return chosen
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> tuple[int, int, int, int, dict[str, Any]]:
+    """Queries, codes, dims, k and filters."""
+    queries = draw(st.sampled_from((1, OPERAND, OPERAND + 1, 33)))
+    codes = draw(st.sampled_from((1, 17, CHUNK, CHUNK + 1, 700)))
+    dim = draw(st.sampled_from((1, 8, 77, 128, 384, 1000)))
+    return queries, codes, dim, draw(st.integers(1, codes)), filters(draw, queries, codes)
+
+
+@settings(max_examples=15)
+@given(case=sizes())
+def test_hamming(products: None, case: tuple[int, int, int, int, dict[str, Any]]) -> None:
+    queries, codes, dim, k, chosen = case
+    q, c = packed(queries, dim, 0), packed(codes, dim, 1)
+    check(lambda: hamming_topk(q, c, k, **chosen))
+
+
+@settings(max_examples=15)
+@given(case=sizes(), bits=st.sampled_from((1, 2, 3, 4, 8)))
+def test_levels(case: tuple[int, int, int, int, dict[str, Any]], bits: int) -> None:
+    queries, codes, dim, k, chosen = case
+    q, c = encoded(queries, dim, 0, bits), encoded(codes, dim, 1, bits)
+    check(lambda: sdc_topk(q, c, k, **chosen))
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+def test_sanitized(bits: int) -> None:
+    """Small, for the runs under sanitizers: a buffer cut back, rows whose bytes end within a vector, a filter."""
+    mask = torch.arange(600) % 5 != 1
+    if bits == 0:
+        q, c = packed(9, 100, 0), packed(600, 100, 1)
+        check(lambda: hamming_topk(q, c, 3, mask=mask))
+    else:
+        q, c = encoded(9, 100, 0, bits), encoded(600, 100, 1, bits)
+        check(lambda: sdc_topk(q, c, 3, mask=mask))
+
+
+@pytest.mark.parametrize("k", [1, 10, 700])
+def test_slices_and_ties_in_any_order(thread_order: str, products: None, k: int) -> None:
+    """Codes of which each stands many times, best ones last and first."""
+    c, q = packed(5, 64, 0).repeat(TWO_SLICES // 4, 1), packed(3, 64, 1)
+    check(lambda: hamming_topk(q, c, k))
+    distances = (q[0] ^ c).sum(dim=1)
+    for order in (distances.argsort(), distances.argsort(descending=True)):
+        check(lambda order=order: hamming_topk(q, c[order], k))
+
+
+def test_rows_are_read_in_place() -> None:
+    c, q = packed(300, 1024, 0), packed(3, 512, 1)
+    for some in (c[:, :64], c[::3, 32:96], c[:, 1:65], c[:, :64].T.contiguous().T):
+        check(lambda some=some: hamming_topk(q, some, 5))
+    check(lambda: hamming_topk(q[:, :0], c[:, :0], 5))
+    check(lambda: hamming_topk(q[:0], c[:, :64], 5))
+
+
+def test_extreme_levels() -> None:
+    """The largest products and sums of either sign, and scores that are equal, zero and negative."""
+    for bits in (1, 2, 3, 4):
+        codes = torch.tensor([0, 255, 0, 255, 170], dtype=torch.uint8)[:, None].repeat(1, bits * 512)
+        norms = torch.full((5,), 1 / 64)
+        codes = SDCCodes(codes, norms, bits, 4096)
+        check(lambda codes=codes: sdc_topk(codes, codes, 5))
+
+
+def test_too_many_codes_for_a_launch(simulated_module: Any) -> None:
+    with pytest.raises(RuntimeError, match="more than one launch takes"):
+        simulated_module.find_candidates((0, 1, 8, 0), (0, 2**31, 8, 0), 1, 8, 64, True, 0, 0, -1, 1, 0, 0, 0, 0)

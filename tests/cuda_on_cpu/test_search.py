@@ -102,7 +102,7 @@ def test_sanitized(bits: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 10, 700])
-def test_slices_and_ties_in_any_order(thread_order: str, products: None, k: int) -> None:
+def test_slices_and_ties_in_any_order(thread_order: str, k: int) -> None:
     """Codes of which each stands many times, best ones last and first."""
     c, q = packed(5, 64, 0).repeat(TWO_SLICES // 4, 1), packed(3, 64, 1)
     check(lambda: hamming_topk(q, c, k))

@@ -77,6 +77,19 @@ def test_a_maximum_reached_twice_sends_its_gradient_to_the_first(isa: str, value
         assert torch.equal(hidden.grad, expected)
 
 
+@pytest.mark.parametrize("length", [7, 127, 128, 301])
+def test_the_first_of_many_equal_maxima(isa: str, length: int) -> None:
+    """However the tokens are read."""
+    generator = torch.Generator().manual_seed(length)
+    hidden = torch.randint(-2, 3, (2, length, 70), generator=generator).float()
+    hidden[0, :, ::7] = math.nan
+    hidden[1, : length // 2, ::5] = math.nan
+    hidden.requires_grad_()
+    fastembed.pool_exits([hidden], mode="max", normalize=False)[0][70].sum().backward()
+    expected = torch.zeros(2, length, 70).scatter(1, hidden.detach().max(dim=1, keepdim=True).indices, 1.0)
+    assert torch.equal(hidden.grad, expected)
+
+
 def test_a_vector_too_short_to_normalize(isa: str) -> None:
     """Divided by 1e-12, whatever its length: so is its gradient."""
     hidden = torch.full((1, 2, 4), 1e-14, requires_grad=True)

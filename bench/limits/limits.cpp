@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -57,25 +58,28 @@ double thread_seconds() {
   return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// Sum over threads of the rates that `body(thread)` returns, all started together.
+// What `body(thread)` returns on every thread, all started together.
 template <class Body>
-double total_rate(int threads, const Body& body) {
+std::vector<double> on_threads(int threads, const Body& body) {
   std::atomic<int> waiting{threads};
-  std::vector<double> rates(threads);
+  std::vector<double> results(threads);
   std::vector<std::thread> pool;
   for (int thread = 0; thread < threads; ++thread) {
     pool.emplace_back([&, thread] {
       --waiting;
       while (waiting.load() > 0) std::this_thread::yield();
-      rates[thread] = body(thread);
+      results[thread] = body(thread);
     });
   }
-  double total = 0;
-  for (int thread = 0; thread < threads; ++thread) {
-    pool[thread].join();
-    total += rates[thread];
-  }
-  return total;
+  for (std::thread& thread : pool) thread.join();
+  return results;
+}
+
+// Sum over threads of the rates that `body(thread)` returns.
+template <class Body>
+double total_rate(int threads, const Body& body) {
+  const std::vector<double> rates = on_threads(threads, body);
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
 constexpr int batch = 4096;
@@ -125,7 +129,7 @@ inline WordVector count_bits(WordVector words) {
 #endif
 }
 
-// The best rate over `repeats` passes at which each thread goes through its own part of `bytes` at `data`; without
+// The best rate over `repeats` passes in which every thread goes through its own part of `bytes` at `data`; without
 // data, of a buffer in huge pages. `pass(data, bytes)` touches all of it.
 template <class Pass>
 double stream_rate(int threads, char* data, size_t bytes, int repeats, const Pass& pass) {
@@ -142,15 +146,17 @@ double stream_rate(int threads, char* data, size_t bytes, int repeats, const Pas
 #endif
     memset(data, 1, size);
   }
-  return total_rate(threads, [&](int thread) {
-    double best = 0;
-    for (int i = 0; i < repeats; ++i) {
+  // Pass by pass: a thread that is done early leaves its share of the memory's bandwidth to the others.
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const std::vector<double> seconds = on_threads(threads, [&](int thread) {
       const double start = thread_seconds();
       pass(data + part * thread, part);
-      best = std::max(best, part / (thread_seconds() - start));
-    }
-    return best;
-  });
+      return thread_seconds() - start;
+    });
+    best = std::max(best, part * threads / *std::max_element(seconds.begin(), seconds.end()));
+  }
+  return best;
 }
 
 // Reading several streams at once, `gap` bytes apart, each asked for `ahead` bytes before its use (0: not at all).

@@ -96,9 +96,13 @@ inline unsigned positive(Vec v) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v.lanes, _mm256_setzero_ps(), _CMP_GT_OQ)));
 }
 inline Vec broadcast_bits(int32_t i) { return {_mm256_castsi256_ps(_mm256_set1_epi32(i))}; }
-inline __m256 beats(Vec a, Vec b) {
-  const __m256 b_is_number = _mm256_cmp_ps(b.lanes, b.lanes, _CMP_ORD_Q);
-  return _mm256_and_ps(b_is_number, _mm256_cmp_ps(a.lanes, b.lanes, _CMP_NLE_UQ));
+inline __m256 beats(Vec a, Vec i, Vec b, Vec j) {
+  const __m256 a_is_nan = _mm256_cmp_ps(a.lanes, a.lanes, _CMP_UNORD_Q);
+  const __m256 b_is_nan = _mm256_cmp_ps(b.lanes, b.lanes, _CMP_UNORD_Q);
+  const __m256 larger = _mm256_or_ps(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_GT_OQ), _mm256_andnot_ps(b_is_nan, a_is_nan));
+  const __m256 as_large = _mm256_or_ps(_mm256_cmp_ps(a.lanes, b.lanes, _CMP_EQ_OQ), _mm256_and_ps(a_is_nan, b_is_nan));
+  const __m256i earlier = _mm256_cmpgt_epi32(_mm256_castps_si256(j.lanes), _mm256_castps_si256(i.lanes));
+  return _mm256_or_ps(larger, _mm256_and_ps(as_large, _mm256_castsi256_ps(earlier)));
 }
 inline Vec select(__m256 lanes, Vec a, Vec b) { return {_mm256_blendv_ps(b.lanes, a.lanes, lanes)}; }
 

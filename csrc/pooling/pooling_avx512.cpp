@@ -75,9 +75,13 @@ inline Vec zero_if_nan(Vec v) {
 
 inline unsigned positive(Vec v) { return _mm512_cmp_ps_mask(v.lanes, _mm512_setzero_ps(), _CMP_GT_OQ); }
 inline Vec broadcast_bits(int32_t i) { return {_mm512_castsi512_ps(_mm512_set1_epi32(i))}; }
-inline __mmask16 beats(Vec a, Vec b) {
-  const __mmask16 b_is_number = _mm512_cmp_ps_mask(b.lanes, b.lanes, _CMP_ORD_Q);
-  return _mm512_mask_cmp_ps_mask(b_is_number, a.lanes, b.lanes, _CMP_NLE_UQ);
+inline __mmask16 beats(Vec a, Vec i, Vec b, Vec j) {
+  const __mmask16 a_is_nan = _mm512_cmp_ps_mask(a.lanes, a.lanes, _CMP_UNORD_Q);
+  const __mmask16 b_is_nan = _mm512_cmp_ps_mask(b.lanes, b.lanes, _CMP_UNORD_Q);
+  const __mmask16 larger = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_GT_OQ) | (a_is_nan & ~b_is_nan);
+  const __mmask16 as_large = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_EQ_OQ) | (a_is_nan & b_is_nan);
+  const __mmask16 earlier = _mm512_cmplt_epi32_mask(_mm512_castps_si512(i.lanes), _mm512_castps_si512(j.lanes));
+  return larger | (as_large & earlier);
 }
 inline Vec select(__mmask16 lanes, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.lanes, lanes, a.lanes)}; }
 

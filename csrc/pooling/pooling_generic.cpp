@@ -114,7 +114,12 @@ inline unsigned positive(Vec v) {
   return bits;
 }
 inline Vec broadcast_bits(int32_t i) { return {cast<Floats>(Bits{} + static_cast<uint32_t>(i))}; }
-inline Bits beats(Vec a, Vec b) { return cast<Bits>(~(a.lanes <= b.lanes) & (b.lanes == b.lanes)); }
+inline Bits beats(Vec a, Vec i, Vec b, Vec j) {
+  const auto a_is_nan = a.lanes != a.lanes, b_is_nan = b.lanes != b.lanes;
+  const auto larger = (a.lanes > b.lanes) | (a_is_nan & ~b_is_nan);
+  const auto as_large = (a.lanes == b.lanes) | (a_is_nan & b_is_nan);
+  return cast<Bits>(larger | (as_large & (cast<Bits>(i.lanes) < cast<Bits>(j.lanes))));
+}
 inline Vec select(Bits lanes, Vec a, Vec b) {
   return {cast<Floats>((cast<Bits>(a.lanes) & lanes) | (cast<Bits>(b.lanes) & ~lanes))};
 }

@@ -1,8 +1,9 @@
 """Multi-exit pooling: ours, sentence-transformers' modules, and the best that plain PyTorch does.
 
 The hidden states are larger than a last-level cache, as after the layers of a large batch; the limit is reading their
-valid tokens once, from memory as PyTorch allocates it ("tensor read"). One case is the opposite: a short query, all
-overhead. The backward cases leave the forward out.
+valid tokens once, from memory as PyTorch allocates it ("tensor read"). Since a virtual machine's memory delivers now
+more, now less, "reading alone" also reads those very bytes in turns with the others, and does nothing else. One case is
+the opposite: a short query, all overhead. The backward cases leave the forward out.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch.nn.functional import normalize
 
 import fastembed
 
-from . import Case, Context, Faster, OfLimit, Workload, optional_import
+from . import Case, Context, Faster, OfLimit, Workload, limits, optional_import
 from .harness.workload import OURS
 
 st_models = optional_import("sentence_transformers.models")
@@ -23,6 +24,7 @@ PEER = "sentence-transformers"
 BMM = "PyTorch bmm"
 COMPILED = "torch.compile"
 FILL = "PyTorch fill"
+READ = "reading alone"
 # Bytes; hidden states that may stay in a cache between calls owe the memory nothing.
 LARGEST_CACHE = 1 << 26
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -30,17 +32,17 @@ Pooled = list[dict[int, Tensor]]
 
 
 def cases() -> Iterator[Case]:
-    goals: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(BMM, 1.3), OfLimit(0.9)]
+    goals: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(BMM, 1.3), Faster(READ, 0.9)]
     compiled = [*goals, Faster(COMPILED, 1.3)]
     yield Case("mean, 6 exits, 32 x 256 x 384", _pooling("mean", 6, 32, 256, 384, goals=goals))
     yield Case("mean, 6 exits, 32 x 256 x 768", _pooling("mean", 6, 32, 256, 768, goals=compiled))
     yield Case("mean, 6 exits, 4 x 512 x 4096", _pooling("mean", 6, 4, 512, 4096, goals=compiled))
-    first = _pooling("mean", 6, 32, 256, 768, first_dim=256, dims=3, goals=goals)
+    first = _pooling("mean", 6, 32, 256, 768, first_dim=256, dims=3, goals=[*goals[:2], OfLimit(0.9)])
     yield Case("mean, 6 exits, 32 x 256 x 768, first 256", first)
     yield Case("mean, 6 exits, 32 x 256 x 768, 60% valid", _pooling("mean", 6, 32, 256, 768, valid=0.6, goals=goals))
     bfloat16 = _pooling("mean", 6, 32, 256, 768, dtype=torch.bfloat16, goals=goals)
     yield Case("mean, 6 exits, 32 x 256 x 768, bfloat16", bfloat16)
-    others: list[Faster | OfLimit] = [Faster(PEER, 5.0), OfLimit(0.9)]
+    others: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(READ, 0.9)]
     yield Case("max, 6 exits, 32 x 256 x 768", _pooling("max", 6, 32, 256, 768, goals=others))
     yield Case("weightedmean, 6 exits, 32 x 256 x 768", _pooling("weightedmean", 6, 32, 256, 768, goals=others))
     tiny: list[Faster | OfLimit] = [Faster(PEER, 1.0), Faster(BMM, 1.0)]
@@ -79,11 +81,16 @@ def _pooling(
                 compiled = torch.compile(_masked_mean, dynamic=False)
                 providers[COMPILED] = lambda: compiled(hidden_states, mask, prefixes)
 
+        if context.device == "cpu" and prefixes[0] == size:
+            lengths = mask.sum(dim=1).tolist()
+            pieces = [row[:length] for hidden in hidden_states for row, length in zip(hidden, lengths, strict=True)]
+            providers[READ] = limits.reader(pieces, context.threads)
+
         expected = [_oracle(hidden, mask, mode, prefixes) for hidden in hidden_states]
         read = int(mask.sum()) * prefixes[0] * exits * hidden_states[0].element_size()
         return Workload(
             providers=providers,
-            verify=lambda _, result: _largest_error(result, expected),
+            verify=lambda name, result: 0.0 if name == READ else _largest_error(result, expected),
             tolerance=TOLERANCE[dtype],
             amount=read,
             unit="B",

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +40,17 @@ def measure(threads: int, device: str, quick: bool) -> dict[str, float]:
     on tensor cores.
     """
     return _measure_cuda(quick) if device == "cuda" else _measure_cpu(threads, quick)
+
+
+def reader(pieces: Sequence[torch.Tensor], threads: int) -> Callable[[], None]:
+    """A call that does nothing but read contiguous tensors in memory, as fast as the machine can: a limit that can be
+    timed in turns with what has to read the same bytes. The memory of a virtual machine is shared with others, and what
+    it delivers changes from second to second."""
+    library = _library()
+    addresses = (ctypes.c_void_p * len(pieces))(*[piece.data_ptr() for piece in pieces])
+    sizes = (ctypes.c_size_t * len(pieces))(*[piece.nbytes for piece in pieces])
+    kept = list(pieces)
+    return lambda: library.read_pieces(threads, addresses, sizes, len(kept))
 
 
 def _measure_cpu(threads: int, quick: bool) -> dict[str, float]:
@@ -107,6 +118,8 @@ def _library() -> ctypes.CDLL:
     for name in ("int8", "float32", "popcount"):
         getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_double]
         getattr(library, f"limit_{name}").restype = ctypes.c_double
+    library.read_pieces.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    library.read_pieces.restype = None
     for name in ("read", "write"):
         getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         getattr(library, f"limit_{name}").restype = ctypes.c_double

@@ -163,7 +163,8 @@ double stream_rate(int threads, char* data, size_t bytes, int repeats, const Pas
 template <int streams, size_t gap, size_t ahead>
 void read_pass(const char* data, size_t bytes) {
   WordVector seen[streams] = {};
-  for (size_t block = 0; block < bytes; block += streams * gap)
+  const size_t blocks = bytes / (streams * gap) * (streams * gap);
+  for (size_t block = 0; block < blocks; block += streams * gap)
     for (size_t offset = 0; offset < gap; offset += vector_bytes)
 #pragma GCC unroll 8
       for (int stream = 0; stream < streams; ++stream) {
@@ -171,6 +172,8 @@ void read_pass(const char* data, size_t bytes) {
         if (ahead > 0 && offset % 64 == 0) __builtin_prefetch(at + ahead, 0, 2);
         seen[stream] |= *reinterpret_cast<const WordVector*>(at);
       }
+  for (size_t offset = blocks; offset + vector_bytes <= bytes; offset += vector_bytes)
+    seen[0] |= *reinterpret_cast<const WordVector*>(data + offset);
   for (WordVector& words : seen) opaque(words);
 }
 
@@ -254,6 +257,19 @@ double limit_read(int threads, char* data, size_t bytes, int repeats) {
   };
   return std::max({rate_of(read_pass<8, vector_bytes, 0>), rate_of(read_pass<4, vector_bytes, 4096>),
                    rate_of(read_pass<4, 1 << 16, 0>), rate_of(read_pass<8, 4096, 1 << 15>)});
+}
+
+// Reads `count` pieces of memory, whole vectors of them, as fast as the machine can; a thread that is done with one
+// takes the next.
+void read_pieces(int threads, const char* const* data, const size_t* bytes, int count) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    for (int i = next++; i < count; i = next++) read_pass<8, 4096, 1 << 15>(data[i], bytes[i]);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
 }
 
 double limit_write(int threads, char* data, size_t bytes, int repeats) {

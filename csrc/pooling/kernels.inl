@@ -64,11 +64,11 @@ struct Group {
     return static_cast<const T*>(tokens.data) + tokens.index[number] * tokens.stride;
   }
 
+  // Asks for `vectors` vectors of token k.
+  template <int vectors>
   inline __attribute__((always_inline)) void prefetch(int64_t k, int64_t column) const {
-    constexpr int64_t line = 64, step = Vec::width * sizeof(T);
-    if (step >= line || column * static_cast<int64_t>(sizeof(T)) % line == 0) {
-      __builtin_prefetch(soon[k] + column, 0, 2);
-    }
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t c = 0; c < vectors * Vec::width; c += line) __builtin_prefetch(soon[k] + column + c, 0, 2);
   }
 };
 
@@ -135,8 +135,55 @@ struct Weighted {
   }
 };
 
-// Running sums, the rounding errors kept beside them (Knuth's two-sum), so that the accuracy does not depend on the
-// number of tokens.
+// Vectors taken together by the loops below: a cache line at least, of every token of the group, so that the addresses
+// of the tokens, too many for the registers, are fetched once for all of them.
+constexpr int together = 32 / Vec::width;
+
+// Calls step.run<vectors>(column, lanes) over `columns` columns: `together` vectors at a time, then one, then the rest.
+template <class Step>
+inline __attribute__((always_inline)) void for_many_columns(int64_t columns, const Step& step) {
+  int64_t c = 0;
+  for (; c + together * Vec::width <= columns; c += together * Vec::width) {
+    step.template run<together>(c, Vec::width);
+  }
+  for (; c + Vec::width <= columns; c += Vec::width) step.template run<1>(c, Vec::width);
+  if (c < columns) step.template run<1>(c, columns - c);
+}
+
+// Adds a group to the running sums and to what their rounding lost (Knuth's two-sum).
+template <class T, class Weighting>
+struct AddGroup {
+  const Group<T>& members;
+  const int64_t size;
+  const float (&weights)[group];
+  float* const sums;
+  float* const errors;
+
+  template <int vectors>
+  inline __attribute__((always_inline)) void run(int64_t c, int64_t lanes) const {
+    Vec value[vectors];
+    for (Vec& v : value) v = broadcast(0.f);
+    for (int64_t k = 0; k < size; ++k) {
+      const T* token = members.at[k] + c;
+      for (int v = 0; v < vectors; ++v) {
+        value[v] = Weighting::add_to(value[v], load_lanes(token + v * Vec::width, lanes), weights[k]);
+      }
+      members.template prefetch<vectors>(k, c);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      float* const sum = sums + c + v * Vec::width;
+      float* const error = errors + c + v * Vec::width;
+      const Vec before = load_lanes(sum, lanes);
+      const Vec after = add(before, value[v]);
+      const Vec added = sub(after, before);
+      const Vec lost = add(sub(before, sub(after, added)), sub(value[v], added));
+      store_lanes(sum, after, lanes);
+      store_lanes(error, add(load_lanes(error, lanes), lost), lanes);
+    }
+  }
+};
+
+// Sums whose accuracy does not depend on the number of tokens.
 template <class T, class Weighting>
 void sum_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, float divisor,
                 float* pooled) {
@@ -147,19 +194,7 @@ void sum_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t
   for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t size) {
     float weights[group] = {};
     for (int64_t k = 0; k < size; ++k) weights[k] = static_cast<float>(members.index[k] - tokens.index[0] + 1);
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      Vec value = broadcast(0.f);
-      for (int64_t k = 0; k < size; ++k) {
-        value = Weighting::add_to(value, load_lanes(members.at[k] + c, lanes), weights[k]);
-      }
-      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
-      const Vec before = load_lanes(sums + c, lanes);
-      const Vec after = add(before, value);
-      const Vec added = sub(after, before);
-      const Vec lost = add(sub(before, sub(after, added)), sub(value, added));
-      store_lanes(sums + c, after, lanes);
-      store_lanes(errors + c, add(load_lanes(errors + c, lanes), lost), lanes);
-    });
+    for_many_columns(columns, AddGroup<T, Weighting>{members, size, weights, sums, errors});
   });
   const Vec by = broadcast(divisor);
   for_columns(columns, [&](int64_t c, int64_t lanes) {
@@ -170,15 +205,31 @@ void sum_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t
 }
 
 template <class T>
+struct MaxGroup {
+  const Group<T>& members;
+  const int64_t size;
+  float* const pooled;
+
+  template <int vectors>
+  inline __attribute__((always_inline)) void run(int64_t c, int64_t lanes) const {
+    Vec largest[vectors];
+    for (int v = 0; v < vectors; ++v) largest[v] = load_lanes(pooled + c + v * Vec::width, lanes);
+    for (int64_t k = 0; k < size; ++k) {
+      const T* token = members.at[k] + c;
+      for (int v = 0; v < vectors; ++v) {
+        largest[v] = max_or_nan(largest[v], load_lanes(token + v * Vec::width, lanes));
+      }
+      members.template prefetch<vectors>(k, c);
+    }
+    for (int v = 0; v < vectors; ++v) store_lanes(pooled + c + v * Vec::width, largest[v], lanes);
+  }
+};
+
+template <class T>
 void max_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, float, float* pooled) {
   fill(pooled, columns, -__builtin_inff());
   for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t size) {
-    for_columns(columns, [&](int64_t c, int64_t lanes) {
-      Vec largest = load_lanes(pooled + c, lanes);
-      for (int64_t k = 0; k < size; ++k) largest = max_or_nan(largest, load_lanes(members.at[k] + c, lanes));
-      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
-      store_lanes(pooled + c, largest, lanes);
-    });
+    for_many_columns(columns, MaxGroup<T>{members, size, pooled});
   });
 }
 
@@ -198,8 +249,8 @@ void max_and_winner_tokens(const Tokens& tokens, int64_t first, int64_t columns,
         const auto better = beats(value, index, largest, of);
         largest = select(better, value, largest);
         of = select(better, index, of);
+        members.template prefetch<1>(k, c);
       }
-      for (int64_t k = 0; k < size; ++k) members.prefetch(k, c);
       store_lanes(pooled + c, largest, lanes);
       store_lanes(winner_bits + c, of, lanes);
     });

@@ -34,14 +34,14 @@ Pooled = list[dict[int, Tensor]]
 def cases() -> Iterator[Case]:
     goals: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(BMM, 1.3), Faster(READ, 0.9)]
     compiled = [*goals, Faster(COMPILED, 1.3)]
-    yield Case("mean, 6 exits, 32 x 256 x 384", _pooling("mean", 6, 32, 256, 384, goals=goals))
+    yield Case("mean, 6 exits, 64 x 256 x 384", _pooling("mean", 6, 64, 256, 384, goals=goals))
     yield Case("mean, 6 exits, 32 x 256 x 768", _pooling("mean", 6, 32, 256, 768, goals=compiled))
     yield Case("mean, 6 exits, 4 x 512 x 4096", _pooling("mean", 6, 4, 512, 4096, goals=compiled))
     first = _pooling("mean", 6, 32, 256, 768, first_dim=256, dims=3, goals=[*goals[:2], OfLimit(0.9)])
     yield Case("mean, 6 exits, 32 x 256 x 768, first 256", first)
     yield Case("mean, 6 exits, 32 x 256 x 768, 60% valid", _pooling("mean", 6, 32, 256, 768, valid=0.6, goals=goals))
-    bfloat16 = _pooling("mean", 6, 32, 256, 768, dtype=torch.bfloat16, goals=goals)
-    yield Case("mean, 6 exits, 32 x 256 x 768, bfloat16", bfloat16)
+    bfloat16 = _pooling("mean", 6, 64, 256, 768, dtype=torch.bfloat16, goals=goals)
+    yield Case("mean, 6 exits, 64 x 256 x 768, bfloat16", bfloat16)
     others: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(READ, 0.9)]
     yield Case("max, 6 exits, 32 x 256 x 768", _pooling("max", 6, 32, 256, 768, goals=others))
     yield Case("weightedmean, 6 exits, 32 x 256 x 768", _pooling("weightedmean", 6, 32, 256, 768, goals=others))

@@ -48,21 +48,69 @@ struct Grouping {
   int64_t member(int64_t g, int64_t k) const { return g * advance + k * step; }
 };
 
+// Calls body(column, lanes) over `columns` columns: whole vectors, then the rest.
+template <class Body>
+inline __attribute__((always_inline)) void for_columns(int64_t columns, const Body& body) {
+  int64_t c = 0;
+#pragma GCC unroll 4
+  for (; c + Vec::width <= columns; c += Vec::width) body(c, Vec::width);
+  if (c < columns) body(c, columns - c);
+}
+
+// Where the tokens of one full group after the other stand.
+template <class T>
+class Walk {
+ public:
+  const T* at[group];
+  int64_t index[group];
+
+  Walk(const Tokens& tokens, int64_t first_column)
+      : tokens_(tokens),
+        data_(static_cast<const T*>(tokens.data) + first_column),
+        grouping_(tokens.count),
+        contiguous_(tokens.count > 0 && tokens.index[tokens.count - 1] - tokens.index[0] == tokens.count - 1) {}
+
+  int64_t groups() const { return grouping_.groups; }
+
+  // Groups are mostly asked for in order, and of sequences without holes, where looking up eight tokens would take a
+  // good part of the time of adding them.
+  inline __attribute__((always_inline)) void go_to(int64_t g) {
+    if (contiguous_ && g == current_ + 1) {
+      const int64_t elements = grouping_.advance * tokens_.stride;
+      for (int64_t k = 0; k < group; ++k) at[k] += elements;
+      for (int64_t k = 0; k < group; ++k) index[k] += grouping_.advance;
+    } else {
+      for (int64_t k = 0; k < group; ++k) put(k, grouping_.member(g, k));
+    }
+    current_ = g;
+  }
+
+  // The tokens that fill no group, from the first place on. Returns how many.
+  int64_t go_to_rest() {
+    const int64_t rest = tokens_.count % group;
+    for (int64_t k = 0; k < group; ++k) put(k, k < rest ? tokens_.count - rest + k : tokens_.count - 1);
+    return rest;
+  }
+
+ private:
+  void put(int64_t k, int64_t number) {
+    index[k] = tokens_.index[number];
+    at[k] = data_ + index[k] * tokens_.stride;
+  }
+
+  const Tokens& tokens_;
+  const T* const data_;
+  const Grouping grouping_;
+  const bool contiguous_;
+  int64_t current_ = -2;
+};
+
 // The tokens of one group, and those to ask for meanwhile.
 template <class T>
 struct Group {
-  const T* at[group] = {};
-  const T* soon[group] = {};
-  int32_t index[group] = {};
-
-  void take(int64_t k, const Tokens& tokens, int64_t number, int64_t first_column) {
-    at[k] = soon[k] = token(tokens, number) + first_column;
-    index[k] = static_cast<int32_t>(tokens.index[number]);
-  }
-
-  static const T* token(const Tokens& tokens, int64_t number) {
-    return static_cast<const T*>(tokens.data) + tokens.index[number] * tokens.stride;
-  }
+  const T* const* at;
+  const int64_t* index;
+  const T* const* soon;
 
   // Asks for `vectors` vectors of token k.
   template <int vectors>
@@ -76,35 +124,22 @@ struct Group {
 template <class T, class Body>
 inline __attribute__((always_inline)) void for_groups(const Tokens& tokens, const Tokens& next, int64_t first_column,
                                                       int64_t columns, const Body& body) {
-  const Grouping grouping(tokens.count), next_grouping(next.count);
+  Walk<T> now(tokens, first_column), soon(tokens, first_column), soon_in_next(next, first_column);
   const int64_t ahead = bytes_ahead / (group * columns * static_cast<int64_t>(sizeof(T))) + 1;
-  for (int64_t g = 0; g < grouping.groups; ++g) {
-    Group<T> members;
-    const int64_t later = g + ahead, later_in_next = later - grouping.groups;
-    for (int64_t k = 0; k < group; ++k) {
-      members.take(k, tokens, grouping.member(g, k), first_column);
-      if (later < grouping.groups) {
-        members.soon[k] = Group<T>::token(tokens, grouping.member(later, k)) + first_column;
-      } else if (later_in_next < next_grouping.groups) {
-        members.soon[k] = Group<T>::token(next, next_grouping.member(later_in_next, k)) + first_column;
-      }
+  for (int64_t g = 0; g < now.groups(); ++g) {
+    now.go_to(g);
+    const T* const* to_prefetch = now.at;
+    if (g + ahead < now.groups()) {
+      soon.go_to(g + ahead);
+      to_prefetch = soon.at;
+    } else if (g + ahead - now.groups() < soon_in_next.groups()) {
+      soon_in_next.go_to(g + ahead - now.groups());
+      to_prefetch = soon_in_next.at;
     }
-    body(members, group);
+    body(Group<T>{now.at, now.index, to_prefetch}, group);
   }
-  const int64_t left = tokens.count % group;
-  if (left == 0) return;
-  Group<T> members;
-  for (int64_t k = 0; k < left; ++k) members.take(k, tokens, tokens.count - left + k, first_column);
-  body(members, left);
-}
-
-// Calls body(column, lanes) over `columns` columns: whole vectors, then the rest.
-template <class Body>
-inline __attribute__((always_inline)) void for_columns(int64_t columns, const Body& body) {
-  int64_t c = 0;
-#pragma GCC unroll 4
-  for (; c + Vec::width <= columns; c += Vec::width) body(c, Vec::width);
-  if (c < columns) body(c, columns - c);
+  const int64_t rest = now.go_to_rest();
+  if (rest > 0) body(Group<T>{now.at, now.index, now.at}, rest);
 }
 
 template <class T>
@@ -245,7 +280,8 @@ void max_and_winner_tokens(const Tokens& tokens, int64_t first, int64_t columns,
       Vec largest = load_lanes(pooled + c, lanes);
       Vec of = load_lanes(winner_bits + c, lanes);
       for (int64_t k = 0; k < size; ++k) {
-        const Vec value = load_lanes(members.at[k] + c, lanes), index = broadcast_bits(members.index[k]);
+        const Vec value = load_lanes(members.at[k] + c, lanes),
+                  index = broadcast_bits(static_cast<int32_t>(members.index[k]));
         const auto better = beats(value, index, largest, of);
         largest = select(better, value, largest);
         of = select(better, index, of);

@@ -284,6 +284,16 @@ def test_sdc_topk_is_exact(isa: str, bits: int, queries: int, codes: int, dim: i
     assert_same(sdc_topk(torch.from_numpy(q), in_torch, k), expected)
 
 
+def test_sdc_topk_of_codes_with_very_different_norms(isa: str) -> None:
+    # The bound that passes a block over goes by its largest inverse norm.
+    rng = np.random.default_rng(0)
+    for bits in (2, 4, 8):
+        x = rng.standard_normal((3000, 40)).astype(np.float32)
+        x[::7, 1:] *= 1e-3  # nearly all levels small, one large
+        codes, q = sdc_encode(x, bits), sdc_encode(rng.standard_normal((9, 40)).astype(np.float32), bits)
+        assert_same(sdc_topk(q, codes, 20), sdc_oracle(q, codes, 20))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @given(
     queries=st.integers(0, 12),
@@ -394,6 +404,20 @@ def test_rescore_ranks_candidates_by_dot_product(queries: int, candidates: int, 
     assert_same(rescore(q.astype(np.float16), np.asfortranarray(d.astype(np.float16)), ids, k), expected)
     assert_same(rescore(*tensors(q, d, ids), k), expected)
     assert_same(rescore(*(t.bfloat16() for t in tensors(q, d)), torch.from_numpy(ids), k), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_rescore_of_codes_keeps_the_queries_as_they_are(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    q, x = (rng.standard_normal((rows, 37)).astype(np.float32) for rows in (6, 90))
+    codes, ids = sdc_encode(x, bits), rng.integers(0, 90, (6, 20))
+    decoded = codes.levels().astype(np.float32) * codes.inverse_norms[:, None]
+    expected = rescore(q, decoded, ids, 7)
+    assert_same(rescore(q, codes, ids, 7), expected)
+    in_torch = SDCCodes(*tensors(codes.codes, codes.inverse_norms), bits, 37)
+    assert_same(rescore(torch.from_numpy(q), in_torch, torch.from_numpy(ids), 7), expected)
+    with pytest.raises(IndexError, match="row numbers of the 90 documents, got 90"):
+        rescore(q, codes, ids + 90 - ids.max(), 7)
 
 
 def test_rescore_puts_nan_last() -> None:

@@ -151,7 +151,9 @@ struct BitKernels {
     const uint64_t* query[n];
     for (int j = 0; j < n; ++j) query[j] = static_cast<const uint64_t*>(queries.data) + members[j] * words;
     const uint64_t* code = static_cast<const uint64_t*>(block.data);
+    Fetch fetch(block, first, n, queries.count, (block.count + lanes - 1) / lanes);
     for (int64_t row = 0; row < block.count; row += lanes, code += words * lanes) {
+      fetch.step();
       Word result[n];
       sums(code, query, result);
 #pragma GCC unroll 8

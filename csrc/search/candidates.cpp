@@ -9,7 +9,7 @@ namespace {
 constexpr int digit_bits = 11;
 constexpr uint32_t digits = 1 << digit_bits;
 // Clearing counters costs more than comparing so few entries.
-constexpr int64_t fewest_counted = 256;
+constexpr int64_t fewest_counted = 1024;
 
 struct KeyRange {
   uint32_t smallest, largest;
@@ -37,7 +37,7 @@ struct Rank {
 
 // A histogram of the leading bits of the keys finds the bin of the k-th smallest, another one the bin within that bin.
 // The few keys of Hamming distances need only one.
-Rank rank(const uint64_t* begin, const uint64_t* end, int64_t k) {
+Rank rank_of_many(const uint64_t* begin, const uint64_t* end, int64_t k) {
   const KeyRange range = range_of_keys(begin, end);
   uint32_t low = range.smallest, span = range.largest - range.smallest;  // the k-th key is in [low, low + span]
   for (int64_t below = 0;;) {
@@ -53,6 +53,18 @@ Rank rank(const uint64_t* begin, const uint64_t* end, int64_t k) {
     if (shift == 0) return {low, below};
     span = (uint32_t{1} << shift) - 1;
   }
+}
+
+Rank rank_of_few(const uint64_t* begin, const uint64_t* end, int64_t k) {
+  uint32_t keys[fewest_counted];
+  uint32_t* const keys_end = std::transform(begin, end, keys, key_of);
+  std::nth_element(keys, keys + k - 1, keys_end);
+  const uint32_t last = keys[k - 1];
+  return {last, std::count_if(keys, keys + k - 1, [=](uint32_t key) { return key < last; })};
+}
+
+Rank rank(const uint64_t* begin, const uint64_t* end, int64_t k) {
+  return end - begin < fewest_counted ? rank_of_few(begin, end, k) : rank_of_many(begin, end, k);
 }
 
 }  // namespace
@@ -89,7 +101,7 @@ void grow(Candidates& candidates) {
 }
 
 void sort_by_key(uint64_t* entries, int64_t count, uint64_t* scratch) {
-  if (count < fewest_counted) {
+  if (count < fewest_counted / 4) {
     std::sort(entries, entries + count);
     return;
   }

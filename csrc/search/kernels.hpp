@@ -32,17 +32,14 @@ constexpr int64_t dim_of_level(int64_t index) {
   return word * 32 + byte * 8 + 7 - (s + 4 * half);
 }
 
-// A dot product of levels is  code_query * <c, q> + code * sum(c) + constant  in 32-bit arithmetic that wraps around,
-// c being the unsigned codes and q the signed bytes that stand for a query.
-struct DotTerms {
-  int32_t code_query, code, constant;
-};
-
 struct Block {
   const void* data;            // as `pack_*` of the same table left it
   int64_t count;               // codes in it
   uint32_t first_id;           // id of its first code
   const float* inverse_norms;  // of its codes; SDC only
+  float largest_inverse_norm;  // SDC only
+  const uint8_t* next;         // what is packed next, to be fetched from memory while this block is scanned
+  int64_t next_bytes;
 };
 
 // Queries that meet a block: numbers in the packed queries at `data`, in the candidates and in what else there is of
@@ -53,7 +50,7 @@ struct QueryGroup {
   int64_t count;  // of members
   Candidates* candidates;
   const float* inverse_norms;  // SDC only
-  const DotTerms* dot_terms;   // SDC by levels only
+  const int32_t* constants;    // SDC by levels only
 };
 
 struct Kernels {
@@ -76,6 +73,29 @@ struct Kernels {
   void (*pack_levels)(const Rows& codes, int bits, uint32_t* block);
   void (*scan_levels)(const Block& block, int64_t words, int bits, const QueryGroup& queries);
 };
+
+namespace {
+
+// Fetches `next` of a block into the second-level cache, a little with every group of codes that a group of queries
+// meets: all at once it would hold up the kernel.
+class Fetch {
+ public:
+  // The share of queries [first, first + count) of a group, over `steps` steps.
+  Fetch(const Block& block, int64_t first, int64_t count, int64_t queries, int64_t steps)
+      : at_(block.next + block.next_bytes * first / queries),
+        end_(block.next + block.next_bytes * (first + count) / queries),
+        step_((end_ - at_) / steps + 1) {}
+  void step() {
+    const uint8_t* const stop = end_ - at_ < step_ ? end_ : at_ + step_;
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  int64_t step_;
+};
+
+}  // namespace
 
 namespace generic {
 extern const Kernels kernels;

@@ -1,8 +1,11 @@
 // SDC with 3 to 8 bits: dot products of bytes, written once over a vector type `V` of 32-bit lanes, under the same
 // rules as bit_kernels.inl.
 //
-// Codes c are unsigned and queries signed bytes, as the byte dot products of every instruction set want them; DotTerms
-// make the dot product of the levels of it.
+// The byte dot products of every instruction set want unsigned codes c and signed queries. With m = 2^bits - 1 levels
+// are v = 2 c - m. Up to 4 bits, a query is its levels v', and  v . v' = 2 c . v' - m sum(v').  With more, levels may
+// not fit a byte; a query is s = c' - 2^(bits - 1), so that v' = 2 s + 1, and  v . v' = 2 (2 c . s + sum(c)) - 2 m
+// sum(s) - m dim. What does not depend on the code is a constant of the query. All in 32 bits, which wrap around
+// meanwhile.
 //
 // A packed word holds 8 dimensions, two c to a byte, or with more than 4 bits one c to a byte of two 32-bit words. Bit
 // p of a 32-bit word of a plane belongs to byte p / 8 of the word; packed word s = 0..3 has the c of bit s of each byte
@@ -27,7 +30,6 @@ struct LevelKernels {
   // Writes packed word s and returns `sums` with the codes in it added.
   template <int s, bool wide>
   static Word pack_word(const Word* planes, uint32_t* block, Word sums) {
-    constexpr int8_t ones[4] = {1, 1, 1, 1};
     if constexpr (!wide) {
       V::store(block + s * lanes, merge<s>(planes + 4));
       return sums;
@@ -37,6 +39,7 @@ struct LevelKernels {
       const Word second = V::select(0xf0f0f0f0, high, V::template shift<-4>(low));
       V::store(block + 2 * s * lanes, first);
       V::store(block + (2 * s + 1) * lanes, second);
+      const Word ones = V::splat(0x01010101);
       return V::add_dot_wide(V::add_dot_wide(sums, first, ones), second, ones);
     }
   }
@@ -77,31 +80,32 @@ struct LevelKernels {
   }
 
   template <int n, bool wide>
-  static void scan_group(const Block& block, int64_t words, const QueryGroup& queries, const uint32_t* members) {
+  static void scan_group(const Block& block, int64_t words, const QueryGroup& queries, int64_t first) {
+    const uint32_t* const members = queries.members + first;
     const int8_t* query[n];
-    for (int j = 0; j < n; ++j) query[j] = static_cast<const int8_t*>(queries.data) + members[j] * words * 8;
+    int32_t constants[n];
+    int32_t least[n];  // dot products that may be wanted, of codes of this block
+    for (int j = 0; j < n; ++j) {
+      query[j] = static_cast<const int8_t*>(queries.data) + members[j] * words * 8;
+      constants[j] = queries.constants[members[j]];
+      least[j] = least_dot(score_of_key(queries.candidates[members[j]].limit), queries.inverse_norms[members[j]],
+                           block.largest_inverse_norm);
+    }
     const uint32_t* code = static_cast<const uint32_t*>(block.data);
+    Fetch fetch(block, first, n, queries.count, (block.count + lanes - 1) / lanes);
     for (int64_t row = 0; row < block.count; row += lanes) {
+      fetch.step();
       Word dots[n];
       for (int j = 0; j < n; ++j) dots[j] = V::zero();
-      for (int64_t w = 0; w < words; ++w) {
-        if constexpr (wide) {
-          const Word first = V::load(code), second = V::load(code + lanes);
-          code += 2 * lanes;
+      for (int64_t w = 0; w < words; ++w, code += (wide ? 2 : 1) * lanes) {
+        const Word both = V::load(code);
+        const Word low = wide ? both : V::low_halves(both);
+        const Word high = wide ? V::load(code + lanes) : V::high_halves(both);
 #pragma GCC unroll 8
-          for (int j = 0; j < n; ++j) {
-            const int8_t* const q = query[j] + w * 8;
-            dots[j] = V::add_dot_wide(V::add_dot_wide(dots[j], first, q), second, q + 4);
-          }
-        } else {
-          const Word both = V::load(code);
-          const Word low = V::low_halves(both), high = V::high_halves(both);
-          code += lanes;
-#pragma GCC unroll 8
-          for (int j = 0; j < n; ++j) {
-            const int8_t* const q = query[j] + w * 8;
-            dots[j] = V::add_dot(V::add_dot(dots[j], low, q), high, q + 4);
-          }
+        for (int j = 0; j < n; ++j) {
+          const Word q0 = V::four_bytes(query[j] + w * 8), q1 = V::four_bytes(query[j] + w * 8 + 4);
+          dots[j] = wide ? V::add_dot_wide(V::add_dot_wide(dots[j], low, q0), high, q1)
+                         : V::add_dot(V::add_dot(dots[j], low, q0), high, q1);
         }
       }
       Word sums = V::zero();
@@ -109,21 +113,30 @@ struct LevelKernels {
         sums = V::load(code);
         code += lanes;
       }
+      uint32_t above[n], any = 0;
 #pragma GCC unroll 8
       for (int j = 0; j < n; ++j) {
-        Candidates& candidates = queries.candidates[members[j]];
-        const DotTerms& terms = queries.dot_terms[members[j]];
-        const Word level_dots = wide ? V::add(V::add_multiple(terms.constant, dots[j], terms.code_query),
-                                              V::add_multiple(0, sums, terms.code))
-                                     : V::add_multiple(terms.constant, dots[j], terms.code_query);
-        float score[lanes];
-        uint32_t above = V::scores_above(level_dots, block.inverse_norms + row, block.count - row,
-                                         queries.inverse_norms[members[j]], score_of_key(candidates.limit), score);
-        for (; above != 0; above &= above - 1) {
-          const int lane = __builtin_ctz(above);
-          add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
-        }
+        dots[j] = V::add(dots[j], dots[j]);
+        if constexpr (wide) dots[j] = V::add(V::add(dots[j], sums), V::add(dots[j], sums));
+        dots[j] = V::add(dots[j], V::splat(constants[j]));
+        above[j] = V::above(dots[j], least[j]);
+        any |= above[j];
       }
+      if (__builtin_expect(any == 0, 1)) continue;
+      for (int j = 0; j < n; ++j) {
+        if (above[j] != 0) add_above(block, row, queries, members[j], dots[j]);
+      }
+    }
+  }
+
+  static void add_above(const Block& block, int64_t row, const QueryGroup& queries, uint32_t query, Word dots) {
+    Candidates& candidates = queries.candidates[query];
+    float score[lanes];
+    uint32_t above = V::scores_above(dots, block.inverse_norms + row, block.count - row, queries.inverse_norms[query],
+                                     score_of_key(candidates.limit), score);
+    for (; above != 0; above &= above - 1) {
+      const int lane = __builtin_ctz(above);
+      add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
     }
   }
 
@@ -131,9 +144,9 @@ struct LevelKernels {
   static void scan(const Block& block, int64_t words, const QueryGroup& queries) {
     int64_t first = 0;
     for (; first + group <= queries.count; first += group) {
-      scan_group<group, wide>(block, words, queries, queries.members + first);
+      scan_group<group, wide>(block, words, queries, first);
     }
-    for (; first < queries.count; ++first) scan_group<1, wide>(block, words, queries, queries.members + first);
+    for (; first < queries.count; ++first) scan_group<1, wide>(block, words, queries, first);
   }
 
   static void scan_levels(const Block& block, int64_t words, int bits, const QueryGroup& queries) {

@@ -24,9 +24,9 @@ constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, nullptr, nullptr,
 #endif
 
 // Codes that a block holds: they and the queries they meet stay in the first-level cache.
-constexpr int64_t block_bytes = 16 << 10;
+constexpr int64_t block_bytes = 32 << 10;
 // Rearranging a block for fewer queries costs more than it gains.
-constexpr int64_t fewest_packed = 2;
+constexpr int64_t fewest_packed = 4;
 
 // Memory on cache lines, so that no load of a register straddles two. It is not cleared: pages nobody writes cost
 // nothing.
@@ -58,6 +58,10 @@ class Codes {
     Rows rows;
     const float* inverse_norms;
   };
+  struct Bytes {
+    const uint8_t* data;
+    int64_t count;
+  };
 
   Codes(const Matrix& codes, const float* inverse_norms, const Selection& selection, int64_t block, int workers)
       : codes_(codes),
@@ -67,12 +71,21 @@ class Codes {
         rows_(ids_ == nullptr ? 0 : workers * block * codes.bytes),
         norms_(ids_ == nullptr || inverse_norms == nullptr ? 0 : workers * block) {}
 
-  // Positions that `at` may be asked for at once.
-  int64_t adjacent() const { return ids_ == nullptr ? std::numeric_limits<int64_t>::max() : block_; }
+  // Positions that `at` may be asked for at once: a block for several queries, so that the first one fetches it for
+  // all.
+  int64_t most(int64_t queries) const {
+    return ids_ == nullptr && queries == 1 ? std::numeric_limits<int64_t>::max() : block_;
+  }
+
+  // The memory of some positions if it is in one piece, else nothing.
+  Bytes adjacent_bytes(int64_t first, int64_t count) const {
+    if (count <= 0 || codes_.stride != codes_.bytes || !are_adjacent(first, count)) return {codes_.data, 0};
+    return {codes_.data + row(first) * codes_.stride, count * codes_.bytes};
+  }
 
   Some at(int64_t first, int64_t count, int64_t worker) const {
-    const int64_t row = ids_ == nullptr ? first : ids_[first];
-    if (ids_ == nullptr || ids_[first + count - 1] - row == count - 1) {
+    if (are_adjacent(first, count)) {
+      const int64_t row = this->row(first);
       return {{codes_.data + row * codes_.stride, codes_.stride, count, codes_.bytes},
               inverse_norms_ == nullptr ? nullptr : inverse_norms_ + row};
     }
@@ -86,9 +99,12 @@ class Codes {
     return {{rows, codes_.bytes, count, codes_.bytes}, norms};
   }
 
-  int64_t id(uint64_t entry) const { return ids_ == nullptr ? id_of(entry) : ids_[id_of(entry)]; }
+  int64_t id(uint64_t entry) const { return row(id_of(entry)); }
 
  private:
+  int64_t row(int64_t position) const { return ids_ == nullptr ? position : ids_[position]; }
+  bool are_adjacent(int64_t first, int64_t count) const { return row(first + count - 1) - row(first) == count - 1; }
+
   const Matrix& codes_;
   const float* inverse_norms_;
   const int64_t* ids_;
@@ -96,6 +112,20 @@ class Codes {
   Buffer<uint8_t> rows_;
   Buffer<float> norms_;
 };
+
+// The largest of some positive floats, 0 of none.
+float largest_norm(const float* norms, int64_t count) {
+  if (norms == nullptr) return 0;
+  int32_t largest = 0;  // the bits of positive floats order as they do
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, norms + i, sizeof bits);
+    largest = std::max(largest, bits);
+  }
+  float norm;
+  std::memcpy(&norm, &largest, sizeof norm);
+  return norm;
+}
 
 // Packs the codes of a piece block by block, and hands each block to scan_block(block).
 template <class Word, class Pack, class ScanBlock>
@@ -105,7 +135,9 @@ void scan_blocks(const Codes& codes, const Piece& piece, int64_t rows, int64_t w
     const int64_t count = std::min(rows, piece.last - first);
     const Codes::Some some = codes.at(first, count, worker);
     pack(some.rows, packed);
-    scan_block(Block{packed, count, static_cast<uint32_t>(first), some.inverse_norms});
+    const Codes::Bytes next = codes.adjacent_bytes(first + count, std::min(rows, piece.last - first - count));
+    scan_block(Block{packed, count, static_cast<uint32_t>(first), some.inverse_norms,
+                     largest_norm(some.inverse_norms, count), next.data, next.count});
   }
 }
 
@@ -125,7 +157,7 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
     if (piece.member_count < fewest_packed) {
       for (int64_t first = piece.first; first < piece.last;) {
-        const int64_t count = std::min(selected.adjacent(), piece.last - first);
+        const int64_t count = std::min(selected.most(piece.member_count), piece.last - first);
         const Codes::Some some = selected.at(first, count, worker);
         for (int64_t i = 0; i < piece.member_count; ++i) {
           const uint32_t query = piece.members[i];
@@ -151,7 +183,7 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
 template <class Word, class QueryWord, class Pack, class ScanBlock>
 void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t k, float* scores,
                 int64_t* ids, int threads, int64_t words, int64_t lanes, const QueryWord* packed_queries,
-                int64_t query_words, const DotTerms* dot_terms, const Pack& pack, const ScanBlock& scan_block) {
+                int64_t query_words, const int32_t* constants, const Pack& pack, const ScanBlock& scan_block) {
   const Schedule schedule(queries.codes.rows, codes.codes, selection, k, threads);
   const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
   const Codes selected(codes.codes, codes.inverse_norms, selection, rows, schedule.workers());
@@ -162,7 +194,7 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
                               piece.member_count,
                               candidates,
                               queries.inverse_norms + batch.first_query,
-                              dot_terms == nullptr ? nullptr : dot_terms + batch.first_query};
+                              constants == nullptr ? nullptr : constants + batch.first_query};
     scan_blocks(selected, piece, rows, worker, blocks.at(worker * rows * words), pack,
                 [&](const Block& block) { scan_block(block, group); });
   };
@@ -189,11 +221,9 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
       [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); });
 }
 
-// The bytes that stand for the levels v' = 2 c' - m of a query, m = 2^bits - 1, and the terms of v . v' with v = 2 c -
-// m. Up to 7 bits they are the levels:  v . v' = 2 c . v' - m sum(v').  With 8 they do not fit, so they are c' - 128:
-// v' = 2 (c' - 128) + 1  and  v . v' = 4 c . (c' - 128) + 2 sum(c) - 510 sum(c' - 128) - 255 dim.
-DotTerms level_query(const uint8_t* code, int64_t plane_bytes, int64_t dim, int bits, int64_t words, int8_t* bytes) {
-  const int largest = (1 << bits) - 1;
+// The bytes that stand for a query in a search by levels; returns its constant (level_kernels.inl).
+int32_t level_query(const uint8_t* code, int64_t plane_bytes, int64_t dim, int bits, int64_t words, int8_t* bytes) {
+  const uint32_t largest = (1u << bits) - 1;
   uint32_t sum = 0;
   for (int64_t index = 0; index < words * 8; ++index) {
     const int64_t d = dim_of_level(index);
@@ -201,12 +231,12 @@ DotTerms level_query(const uint8_t* code, int64_t plane_bytes, int64_t dim, int 
     for (int plane = 0; plane < bits && d < dim; ++plane) {
       c = 2 * c + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
     }
-    const int byte = d >= dim ? 0 : bits == 8 ? c - 128 : 2 * c - largest;
+    const int byte = d >= dim ? 0 : bits <= 4 ? 2 * c - static_cast<int>(largest) : c - (1 << (bits - 1));
     bytes[index] = static_cast<int8_t>(byte);
     sum += static_cast<uint32_t>(byte);
   }
-  if (bits < 8) return {2, 0, static_cast<int32_t>(-static_cast<uint32_t>(largest) * sum)};
-  return {4, 2, static_cast<int32_t>(-510 * sum - 255 * static_cast<uint32_t>(dim))};
+  if (bits <= 4) return static_cast<int32_t>(-largest * sum);
+  return static_cast<int32_t>(-2 * largest * sum - largest * static_cast<uint32_t>(dim));
 }
 
 void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
@@ -215,14 +245,14 @@ void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   const int64_t plane_bytes = codes.codes.bytes / bits;
   const int64_t words = level_words(plane_bytes);
   const Buffer<int8_t> packed_queries(queries.codes.rows * words * 8);
-  const Buffer<DotTerms> dot_terms(queries.codes.rows);
+  const Buffer<int32_t> constants(queries.codes.rows);
   for (int64_t row = 0; row < queries.codes.rows; ++row) {
-    *dot_terms.at(row) = level_query(queries.codes.data + row * queries.codes.stride, plane_bytes, dim, bits, words,
+    *constants.at(row) = level_query(queries.codes.data + row * queries.codes.stride, plane_bytes, dim, bits, words,
                                      packed_queries.at(row * words * 8));
   }
   search_sdc<uint32_t>(
       queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits), isa.level_lanes,
-      packed_queries.at(0), words * 8, dot_terms.at(0),
+      packed_queries.at(0), words * 8, constants.at(0),
       [&](const Rows& some, uint32_t* block) { isa.pack_levels(some, bits, block); },
       [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); });
 }

@@ -130,28 +130,28 @@ struct Dwords256 {
       }
     }
   }
-  static Word levels_of(const int8_t* query) {
-    int32_t levels;
-    __builtin_memcpy(&levels, query, sizeof levels);
-    return _mm256_set1_epi32(levels);
+  static Word four_bytes(const int8_t* query) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, query, sizeof bytes);
+    return _mm256_set1_epi32(bytes);
   }
   // Two products of at most 15 * 128 fit 16 bits.
-  static Word add_dot(Word sums, Word codes, const int8_t* query) {
-    const __m256i pairs = _mm256_maddubs_epi16(codes, levels_of(query));
+  static Word add_dot(Word sums, Word codes, Word query) {
+    const __m256i pairs = _mm256_maddubs_epi16(codes, query);
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   // Two products of 255 * 128 do not: one half of the codes after the other.
-  static Word add_dot_wide(Word sums, Word codes, const int8_t* query) {
-    const __m256i levels = levels_of(query);
-    const __m256i low = _mm256_maddubs_epi16(low_halves(codes), levels);
-    const __m256i high = _mm256_maddubs_epi16(high_halves(codes), levels);
+  static Word add_dot_wide(Word sums, Word codes, Word query) {
+    const __m256i low = _mm256_maddubs_epi16(low_halves(codes), query);
+    const __m256i high = _mm256_maddubs_epi16(high_halves(codes), query);
     return _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
                                                    _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
   }
   static Word add(Word a, Word b) { return _mm256_add_epi32(a, b); }
-  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
-    return _mm256_add_epi32(_mm256_set1_epi32(constant), _mm256_mullo_epi32(a, _mm256_set1_epi32(factor)));
+  static uint32_t above(Word a, int32_t bound) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, splat(bound)))));
   }
+  static Word splat(int32_t a) { return _mm256_set1_epi32(a); }
   static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
                                float limit, float* score) {
     return avx2::scores_above(dots, inverse_norms, count, query_inverse_norm, limit, score);

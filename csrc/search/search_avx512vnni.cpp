@@ -137,16 +137,16 @@ struct Dwords512 {
     }
   }
 
-  static Word add_dot(Word sums, Word codes, const int8_t* query) {
-    int32_t levels;
-    __builtin_memcpy(&levels, query, sizeof levels);
-    return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(levels));
+  static Word four_bytes(const int8_t* query) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, query, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
   }
-  static Word add_dot_wide(Word sums, Word codes, const int8_t* query) { return add_dot(sums, codes, query); }
+  static Word add_dot(Word sums, Word codes, Word query) { return _mm512_dpbusd_epi32(sums, codes, query); }
+  static Word add_dot_wide(Word sums, Word codes, Word query) { return add_dot(sums, codes, query); }
   static Word add(Word a, Word b) { return _mm512_add_epi32(a, b); }
-  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
-    return _mm512_add_epi32(_mm512_set1_epi32(constant), _mm512_mullo_epi32(a, _mm512_set1_epi32(factor)));
-  }
+  static uint32_t above(Word a, int32_t bound) { return _mm512_cmpgt_epi32_mask(a, splat(bound)); }
+  static Word splat(int32_t a) { return _mm512_set1_epi32(a); }
   static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
                                float limit, float* score) {
     const auto lane_mask = static_cast<__mmask16>(first_bytes(count));

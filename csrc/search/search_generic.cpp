@@ -79,16 +79,22 @@ struct Word32 {
       *block++ = static_cast<uint32_t>(load_word(row + done, bytes - done < 4 ? bytes - done : 4));
     }
   }
-  static Word add_dot(Word sum, Word codes, const int8_t* levels) {
+  static Word four_bytes(const int8_t* query) {
+    uint32_t bytes;
+    __builtin_memcpy(&bytes, query, sizeof bytes);
+    return bytes;
+  }
+  static Word add_dot(Word sum, Word codes, Word query) {
     int32_t dot = 0;
-    for (int i = 0; i < 4; ++i) dot += static_cast<int32_t>(codes >> (8 * i) & 255) * levels[i];
+    for (int i = 0; i < 4; ++i) {
+      dot += static_cast<int32_t>(codes >> (8 * i) & 255) * static_cast<int8_t>(query >> (8 * i));
+    }
     return sum + static_cast<uint32_t>(dot);
   }
-  static Word add_dot_wide(Word sum, Word codes, const int8_t* levels) { return add_dot(sum, codes, levels); }
+  static Word add_dot_wide(Word sum, Word codes, Word query) { return add_dot(sum, codes, query); }
   static Word add(Word a, Word b) { return a + b; }
-  static Word add_multiple(int32_t constant, Word a, int32_t factor) {
-    return static_cast<uint32_t>(constant) + a * static_cast<uint32_t>(factor);
-  }
+  static uint32_t above(Word a, int32_t bound) { return static_cast<int32_t>(a) > bound; }
+  static Word splat(int32_t a) { return static_cast<uint32_t>(a); }
   static uint32_t scores_above(Word dot, const float* inverse_norms, int64_t, float query_inverse_norm, float limit,
                                float* score) {
     *score = static_cast<float>(static_cast<int32_t>(dot)) * *inverse_norms * query_inverse_norm;

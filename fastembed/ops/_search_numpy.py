@@ -131,8 +131,8 @@ def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> t
     named = None
     if documents.dtype != np.float32 or not (documents.flags.c_contiguous and documents.flags.aligned):
         # Convert the documents that are named, not all of them.
-        named, places = np.unique(candidate_ids, return_inverse=True)
-        documents, candidate_ids = _dense(documents[named], np.float32), places.reshape(candidate_ids.shape)
+        named, candidate_ids = unique(candidate_ids)
+        documents = _dense(documents[named], np.float32)
     queries, candidate_ids = _dense(queries, np.float32), _dense(candidate_ids, np.int64)
     scores = np.empty((len(queries), k), np.float32)
     ids = np.empty((len(queries), k), np.int64)
@@ -148,6 +148,16 @@ def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> t
         ),
     )
     return scores, ids if named is None else named[ids]
+
+
+def unique(ids: Array) -> tuple[Array, Array]:
+    """The distinct ids, ascending, and where each of `ids` stands among them."""
+    named, places = np.unique(ids, return_inverse=True)
+    return named, places.reshape(ids.shape)
+
+
+def as_float32(x: Array) -> Array:
+    return x.astype(np.float32, copy=False)
 
 
 class _Selection:

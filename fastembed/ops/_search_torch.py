@@ -12,6 +12,7 @@ from ._registry import Op
 from ._search_cuda import byte_rows
 
 __all__ = [
+    "as_float32",
     "hamming_range",
     "hamming_topk",
     "pack_bits",
@@ -19,6 +20,7 @@ __all__ = [
     "sdc_encode",
     "sdc_levels",
     "sdc_topk",
+    "unique",
     "unpack_bits",
 ]
 
@@ -196,6 +198,15 @@ def _fake_rescore(queries: Tensor, documents: Tensor, candidate_ids: Tensor, k: 
     checks.check_rescore(queries, documents, candidate_ids, k)
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def unique(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ids, ascending, and where each of `ids` stands among them."""
+    return torch.unique(ids, return_inverse=True)
+
+
+def as_float32(x: Tensor) -> Tensor:
+    return x.float()
 
 
 class _Selection:

@@ -250,15 +250,19 @@ def sdc_topk(
     )
 
 
-def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> tuple[Array, Array]:
+def rescore(queries: Array, documents: Array | SDCCodes, candidate_ids: Array, k: int) -> tuple[Array, Array]:
     """The k of each query's candidates with the largest dot product: real vectors refine a search over codes.
+
+    Documents may be codes themselves: then the queries keep their precision and only the documents are quantised
+    (asymmetric distance computation), and the score is  query . (levels * inverse norm).
 
     Dot products are summed in float32, in one order on every CPU. Results are ordered by descending score, equal
     scores by id; a NaN score comes last. A candidate named twice is returned twice.
 
     Args:
         queries: [Q, D] float32, float16, bfloat16 or float64 (computed in float32).
-        documents: [N, D] of the same dtype and kind (array or tensor).
+        documents: [N, D] of the same dtype and kind (array or tensor); or `SDCCodes` of N documents (with 1 bit: sign
+            codes), of which only the candidates are decoded.
         candidate_ids: int64 [Q, C], row numbers of `documents`, such as the ids of `hamming_topk`.
         k: how many to keep for each query, 1 to C.
 
@@ -270,8 +274,18 @@ def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> t
         ValueError: a wrong rank, sizes that do not match, or k outside 1..C.
         IndexError: a candidate id outside 0..N-1.
     """
-    ops = _ops(queries=queries, documents=documents, candidate_ids=candidate_ids)
-    return ops.rescore(queries, documents, candidate_ids, k)
+    if not isinstance(documents, SDCCodes):
+        ops = _ops(queries=queries, documents=documents, candidate_ids=candidate_ids)
+        return ops.rescore(queries, documents, candidate_ids, k)
+    ops = _ops(queries=queries, documents=documents.codes, candidate_ids=candidate_ids)
+    checks.check_array("queries", queries, 2, checks.FLOATS)
+    checks.check_array("candidate_ids", candidate_ids, 2, checks.INT64)
+    checks.check_candidates(candidate_ids, len(documents))
+    named, places = ops.unique(candidate_ids)
+    some = documents[named]
+    queries, levels = ops.as_float32(queries), ops.as_float32(some.levels())
+    scores, found = ops.rescore(queries, levels * some.inverse_norms[:, None], places, k)
+    return scores, named[found]
 
 
 def _ops(**inputs: Any) -> Any:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import importlib
 import os.path
+import re
 import sys
 from pathlib import Path
 
@@ -30,8 +31,11 @@ def main() -> None:
         results = runner.Results([], [], measured)
     else:
         cases = list(importlib.import_module(f"bench.{arguments.family}").cases())
+        cases = [case for case in cases if arguments.case.search(case.name) and (case.quick or not arguments.quick)]
+        if not cases:
+            sys.exit(f"bench: no case of {arguments.family} matches {arguments.case.pattern!r}")
         try:
-            results = runner.run(cases, thread_counts, arguments.device, arguments.quick, _progress)
+            results = runner.run(cases, thread_counts, arguments.device, arguments.quick, _progress, arguments.seconds)
         except runner.VerificationError as error:
             sys.exit(f"bench: {error}")
     circumstances = environment.describe(arguments.device)
@@ -49,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="smoke test: tiny inputs, nothing written by default")
+    parser.add_argument("--case", type=re.compile, default="", metavar="REGEX", help="only cases whose names match")
+    parser.add_argument("--seconds", type=float, default=runner.SECONDS, help="to time each provider of a case for")
     parser.add_argument("--output", type=Path, help="folder for csv, markdown and png (default: bench/results)")
     return parser
 

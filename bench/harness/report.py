@@ -25,6 +25,7 @@ COLUMNS = (
     "of limit",
     "error",
 )
+MOST_PLOTTED = 40  # cases; a plot of more is a tapestry
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#8d6a9f", "#7f7f7f", "#5b8e7d", "#b08968")
 
 
@@ -80,11 +81,11 @@ def print_all(family: str, results: Results, circumstances: dict[str, str]) -> N
 
 
 def write_all(folder: Path, stem: str, results: Results, circumstances: dict[str, str]) -> None:
-    """Write <stem>.csv, <stem>.md and, where anything was timed, <stem>.png."""
+    """Write <stem>.csv, <stem>.md and, where anything was timed, but not too much of it, <stem>.png."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / f"{stem}.csv", results, circumstances)
     _write_markdown(folder / f"{stem}.md", stem, results, circumstances)
-    if results.measurements:
+    if 0 < len({row.case for row in results.measurements}) <= MOST_PLOTTED:
         _plot(folder / f"{stem}.png", stem, results, circumstances)
 
 

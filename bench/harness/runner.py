@@ -15,6 +15,9 @@ from .. import limits
 from . import environment
 from .workload import OURS, Case, Context, Faster, OfLimit, Workload
 
+# Timed per provider and case, unless told otherwise.
+SECONDS = 1.5
+
 
 class VerificationError(Exception):
     """A provider's result is further from the truth than its tolerance."""
@@ -73,9 +76,14 @@ class Results:
 
 
 def run(
-    cases: list[Case], thread_counts: list[int], device: str, quick: bool, progress: Callable[[str], None]
+    cases: list[Case],
+    thread_counts: list[int],
+    device: str,
+    quick: bool,
+    progress: Callable[[str], None],
+    seconds: float = SECONDS,
 ) -> Results:
-    """Measure every case at every thread count.
+    """Measure every case at every thread count, about `seconds` per provider.
 
     Raises:
         VerificationError: a provider is wrong; nothing of its case has been timed.
@@ -92,7 +100,9 @@ def run(
             progress(f"{case.name}, {threads} threads")
             workload = case.setup(Context(threads, device, quick))
             environment.set_threads(threads)  # again: the setup may have loaded another library, or changed it
-            timed.append((case.name, _without_calls(workload), *_verify_and_time(case.name, workload, device, quick)))
+            timed.append(
+                (case.name, _without_calls(workload), *_verify_and_time(case.name, workload, device, quick, seconds))
+            )
             del workload
             gc.collect()
         # A machine that was held back during one of the two must not make us look closer to its limit than we are.
@@ -106,7 +116,7 @@ def run(
 
 
 def _verify_and_time(
-    case: str, workload: Workload, device: str, quick: bool
+    case: str, workload: Workload, device: str, quick: bool, seconds: float
 ) -> tuple[dict[str, float], dict[str, Timing]]:
     errors = {}
     for name, call in workload.providers.items():
@@ -116,18 +126,18 @@ def _verify_and_time(
                 f"{case}: {name} has error {errors[name]:.3g}, tolerance {workload.tolerance_of(name):.3g}"
             )
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    return errors, _time_in_turns(workload.providers, clock, quick)
+    return errors, _time_in_turns(workload.providers, clock, quick, seconds)
 
 
 def _time_in_turns(
-    providers: Any, clock: Callable[[Callable[[], Any], int], tuple[float, float]], quick: bool
+    providers: Any, clock: Callable[[Callable[[], Any], int], tuple[float, float]], quick: bool, seconds: float
 ) -> dict[str, Timing]:
     """Time all providers round by round, in a new order each round, so that drift of the machine hits all alike."""
-    sample, budget, fewest = (0.001, 0.05, 2) if quick else (0.01, 1.5 * len(providers), 7)
+    sample, budget, fewest = (0.001, 0.05, 2) if quick else (0.01, seconds * len(providers), 7)
     repeats = {}
     for name, call in providers.items():
-        seconds = min(clock(call, 1)[0] for _ in range(2))
-        repeats[name] = max(1, round(sample / max(seconds, 1e-7)))
+        once = min(clock(call, 1)[0] for _ in range(2))
+        repeats[name] = max(1, round(sample / max(once, 1e-7)))
     wall: dict[str, list[float]] = {name: [] for name in providers}
     processor: dict[str, list[float]] = {name: [] for name in providers}
     order = random.Random(0)
@@ -135,8 +145,8 @@ def _time_in_turns(
     rounds = 0
     while rounds < fewest or time.perf_counter() - start < budget:
         for name in order.sample(list(providers), len(providers)):
-            seconds, processor_seconds = clock(providers[name], repeats[name])
-            wall[name].append(seconds / repeats[name])
+            elapsed, processor_seconds = clock(providers[name], repeats[name])
+            wall[name].append(elapsed / repeats[name])
             processor[name].append(processor_seconds / repeats[name])
         rounds += 1
     return {name: Timing(min(wall[name]), statistics.median(wall[name]), min(processor[name])) for name in providers}

@@ -70,10 +70,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A named workload, set up anew for every thread count."""
+    """A named workload, set up anew for every thread count; `quick`: whether the smoke test has it too."""
 
     name: str
     setup: Callable[[Context], Workload]
+    quick: bool = True
 
 
 def optional_import(name: str) -> ModuleType | None:

@@ -13,7 +13,7 @@ from fastembed.demo.corpus import build_corpus
 from fastembed.demo.encoders import load_model
 
 from ..harness import environment
-from . import BATCH, DIMS, LEARNING_RATE, MAX_TOKENS, TRAINED_DIMS, Row, compare, fine_tune, retrieval
+from . import BATCH, DIMS, HALF_PRECISION, LEARNING_RATE, MAX_TOKENS, TRAINED_DIMS, Row, compare, fine_tune, retrieval
 from . import __doc__ as method
 
 matplotlib.use("Agg")
@@ -25,18 +25,20 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.exits", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--pairs", type=int, help="take so many pairs of the corpus only, to try it out")
+    parser.add_argument("--held-out", type=int, default=1000, help="pairs of the other half to search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="folder of another saved model")
     parser.add_argument("--save", type=Path, help="folder to save the trained model in")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for csv, markdown and png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    circumstances = environment.describe("cpu")
     model = load_model(arguments.model)
     model.max_seq_length = MAX_TOKENS
     pairs = build_corpus(arguments.pairs)
-    training, held_out = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    training, held_out = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :][: arguments.held_out]
     before = retrieval(model, held_out)
     wall, processor = time.perf_counter(), time.process_time()
     fine_tune(model, training, arguments.epochs, arguments.seed)
@@ -44,11 +46,10 @@ def main() -> None:
     rows = compare(before, retrieval(model, held_out))
     if arguments.save is not None:
         model.save(str(arguments.save))
-    circumstances = {
-        **environment.describe("cpu"),
+    circumstances |= {
         "training": f"{len(training)} pairs, {arguments.epochs} epochs, batches of {BATCH}, texts of at most "
         f"{MAX_TOKENS} tokens, learning rate {LEARNING_RATE:g}, dims {', '.join(map(str, TRAINED_DIMS))} of every "
-        f"layer, seed {arguments.seed}",
+        f"layer, {'bfloat16' if HALF_PRECISION else 'float32'}, seed {arguments.seed}",
         "training time": f"{processor / 60:.1f} minutes of processor time, {wall / 60:.1f} minutes by the clock, "
         f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}",
         "held out": f"{len(held_out)} queries over their {len(held_out)} functions",

@@ -28,7 +28,7 @@ SELECTION = {
     "address": "not compile and not export and not opcheck",
     "thread": "thread or concurrent",
 }
-SUITES = ("test_pooling", "test_qmatmul", "test_quant_linear", "test_search")
+SUITES = ("test_pooling", "test_pooling_backward", "test_qmatmul", "test_quant_linear", "test_search")
 
 
 def build(name: str) -> Path:

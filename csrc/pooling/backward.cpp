@@ -61,7 +61,8 @@ struct Call {
     const int64_t* valid = std::lower_bound(sequence.index, valid_end, begin);
     for (int64_t t = begin; t < end; ++t) {
       const bool is_valid = valid < valid_end && *valid == t;
-      const float weight = mode == Mode::weightedmean ? static_cast<float>(t - sequence.index[0] + 1) : 1.f;
+      const bool weighted = is_valid && mode == Mode::weightedmean;
+      const float weight = weighted ? static_cast<float>(t - sequence.index[0] + 1) : 1.f;
       write(grad, weight, is_valid ? columns : 0, exit.size, stream, data + t * token_bytes);
       valid += is_valid;
     }

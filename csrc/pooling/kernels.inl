@@ -66,7 +66,7 @@ class Walk {
 
   Walk(const Tokens& tokens, int64_t first_column)
       : tokens_(tokens),
-        data_(static_cast<const T*>(tokens.data) + first_column),
+        first_column_(first_column),
         grouping_(tokens.count),
         contiguous_(tokens.count > 0 && tokens.index[tokens.count - 1] - tokens.index[0] == tokens.count - 1) {}
 
@@ -95,11 +95,11 @@ class Walk {
  private:
   void put(int64_t k, int64_t number) {
     index[k] = tokens_.index[number];
-    at[k] = data_ + index[k] * tokens_.stride;
+    at[k] = static_cast<const T*>(tokens_.data) + index[k] * tokens_.stride + first_column_;
   }
 
   const Tokens& tokens_;
-  const T* const data_;
+  const int64_t first_column_;
   const Grouping grouping_;
   const bool contiguous_;
   int64_t current_ = -2;

@@ -13,6 +13,7 @@ namespace py = pybind11;
 void bind_pooling(py::module_& m);
 void bind_qmatmul(py::module_& m);
 void bind_fde(py::module_& m);
+void bind_latent(py::module_& m);
 void bind_search(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -30,5 +31,6 @@ PYBIND11_MODULE(_core, m) {
   bind_pooling(m);
   bind_qmatmul(m);
   bind_fde(m);
+  bind_latent(m);
   bind_search(m);
 }

@@ -139,3 +139,50 @@ class QLinear:
 def qlinears(
     layers: list[tuple[QLinear, int]], x: int, dtype: int, rows: int, row_stride: int, threads: int
 ) -> None: ...
+def latent_attend(
+    x: int,
+    dtype: int,
+    stride: int,
+    first: int,
+    rows: int,
+    features: int,
+    offsets: int,
+    score_panels: int,
+    score_bias: int,
+    value_panels: int,
+    weight_dtype: int,
+    width: int,
+    heads: int,
+    eps: float,
+    normalized: int,
+    y_sums: int,
+    threads: int,
+) -> None: ...
+def latent_feed_forward(
+    normalized: int,
+    first: int,
+    rows: int,
+    features: int,
+    offsets: int,
+    panels: int,
+    weight_dtype: int,
+    bias: int,
+    hidden: int,
+    gated_sums: int,
+    threads: int,
+) -> None: ...
+def latent_gate(
+    values: int,
+    gates: int,
+    stride: int,
+    first: int,
+    rows: int,
+    columns: int,
+    offsets: int,
+    gated_sums: int,
+    sums_stride: int,
+    threads: int,
+) -> None: ...
+def latent_to_panels(
+    weight: int, out_features: int, in_features: int, gated: bool, dtype: int, panels: int, threads: int
+) -> None: ...

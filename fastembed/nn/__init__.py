@@ -1,8 +1,16 @@
 """Drop-in modules."""
 
 from .binarizer import RecurrentBinarizer
+from .latent import LatentAttentionPooling
 from .linear import QuantLinear, QuantLinearGroup
 from .mix import LayerMix
 from .pooling import MultiExitPooling
 
-__all__ = ["LayerMix", "MultiExitPooling", "QuantLinear", "QuantLinearGroup", "RecurrentBinarizer"]
+__all__ = [
+    "LatentAttentionPooling",
+    "LayerMix",
+    "MultiExitPooling",
+    "QuantLinear",
+    "QuantLinearGroup",
+    "RecurrentBinarizer",
+]

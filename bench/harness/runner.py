@@ -13,7 +13,7 @@ import torch
 
 from .. import limits
 from . import environment
-from .workload import OURS, Case, Context, Faster, OfLimit, Workload
+from .workload import OURS, Case, Context, Faster, OfLimit, Reached, Workload
 
 # Timed per provider and case, unless told otherwise.
 SECONDS = 1.5
@@ -126,14 +126,15 @@ def _verify_and_time(
                 f"{case}: {name} has error {errors[name]:.3g}, tolerance {workload.tolerance_of(name):.3g}"
             )
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    return errors, _time_in_turns(workload.providers, clock, quick, seconds)
+    return errors, _time_in_turns(workload, clock, quick, seconds)
 
 
 def _time_in_turns(
-    providers: Any, clock: Callable[[Callable[[], Any], int], tuple[float, float]], quick: bool, seconds: float
+    workload: Workload, clock: Callable[[Callable[[], Any], int], tuple[float, float]], quick: bool, seconds: float
 ) -> dict[str, Timing]:
     """Time all providers round by round, in a new order each round, so that drift of the machine hits all alike."""
-    sample, budget, fewest = (0.001, 0.05, 2) if quick else (0.01, seconds * len(providers), 7)
+    providers = workload.providers
+    sample, budget, fewest = (0.001, 0.05, 2) if quick else (0.01, seconds * len(providers), workload.rounds)
     repeats = {}
     for name, call in providers.items():
         once = min(clock(call, 1)[0] for _ in range(2))
@@ -142,13 +143,13 @@ def _time_in_turns(
     processor: dict[str, list[float]] = {name: [] for name in providers}
     order = random.Random(0)
     start = time.perf_counter()
-    rounds = 0
-    while rounds < fewest or time.perf_counter() - start < budget:
+    done = 0
+    while done < fewest or time.perf_counter() - start < budget:
         for name in order.sample(list(providers), len(providers)):
             elapsed, processor_seconds = clock(providers[name], repeats[name])
             wall[name].append(elapsed / repeats[name])
             processor[name].append(processor_seconds / repeats[name])
-        rounds += 1
+        done += 1
     return {name: Timing(min(wall[name]), statistics.median(wall[name]), min(processor[name])) for name in providers}
 
 
@@ -203,8 +204,13 @@ def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
     for goal in workload.goals:
         if isinstance(goal, Faster):
             peer = by_provider.get(goal.than)
-            reached = None if peer is None else peer.timing.best / ours.timing.best
-            verdicts.append(Verdict(ours.case, ours.threads, f"times the speed of {goal.than}", goal.by, reached))
+            our = by_provider[goal.ours]
+            reached = None if peer is None else peer.timing.best / our.timing.best
+            whose = "" if goal.ours == OURS else f"{goal.ours}: "
+            what = f"{whose}times the speed of {goal.than}"
+            verdicts.append(Verdict(ours.case, ours.threads, what, goal.by, reached))
+        elif isinstance(goal, Reached):
+            verdicts.append(Verdict(ours.case, ours.threads, goal.what, goal.wanted, goal.reached))
         elif isinstance(goal, OfLimit):
             verdicts.append(Verdict(ours.case, ours.threads, f"of limit {ours.bound_by}", goal.fraction, ours.of_limit))
     return verdicts

@@ -27,10 +27,20 @@ class Context:
 
 @dataclass(frozen=True)
 class Faster:
-    """Goal: ours takes at most 1/`by` of the time of provider `than`."""
+    """Goal: ours, or another provider of ours, takes at most 1/`by` of the time of provider `than`."""
 
     than: str
     by: float
+    ours: str = OURS
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Goal: at least `wanted` of something that the case has measured itself, `what`."""
+
+    what: str
+    wanted: float
+    reached: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Workload:
             "int8" and "float32", bits compared for "popcount" (see bench/limits). The limit whose demand takes longest
             bounds the speed.
         goals: What ours must reach; reported as met or missed.
+        rounds: Fewest rounds of timing; where a call takes seconds, few have to do.
     """
 
     providers: Mapping[str, Callable[[], Any]]
@@ -62,7 +73,8 @@ class Workload:
     amount: float
     unit: str
     demands: Mapping[str, float] = field(default_factory=dict)
-    goals: Sequence[Faster | OfLimit] = ()
+    goals: Sequence[Faster | OfLimit | Reached] = ()
+    rounds: int = 7
 
     def tolerance_of(self, provider: str) -> float:
         return self.tolerance if isinstance(self.tolerance, int | float) else self.tolerance[provider]

@@ -15,7 +15,8 @@ class SwapRow:
 
     Attributes:
         name: where it stands in the model.
-        kind: what it is now, "linear", "linear + gelu", "pooling", "pooling + normalize".
+        kind: what it is now, "linear", "linear + gelu", "pooling", "pooling + normalize", "attention pooling", "latent
+            attention".
         bits: bits per weight that are stored, scales and zero points included; None where there are no weights.
         bytes_before, bytes_after: of its parameters and buffers. Of tied layers the first carries them.
         level: bits of a weight's code; None where there are no weights.

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .integrations import surgery
 from .integrations.activations import epilogue_of, find_epilogues
+from .integrations.attention_heads import AttentionHead, find_attention_heads
 from .nn import QuantLinear
 from .quantization.calibration import Calibration, prepare
 from .quantization.config import QuantConfig
@@ -43,6 +44,8 @@ def swap(
       with hooks, layers inside modules that read their weights themselves (PyTorch's own composite ones and any whose
       forward does), weights tied to something else (an embedding), and what `quantize.skip` says.
     - In sentence-transformers models, Pooling and a Normalize behind it become one pass of `fastembed.pool_exits`.
+    - SigLIP's attention pooling and NV-Embed's latent attention become `fastembed.nn.LatentAttentionPooling` in floats,
+      folded for inference; it shares their tensors.
     - Transformers encoders run large batches in slices that fit the processor's caches.
 
     Args:
@@ -68,10 +71,13 @@ def swap(
         raise ValueError("model is swapped already: call fastembed.unswap(model) first")
     plan = _Plan(keep_originals)
     bytes_before = surgery.tensor_bytes(model)
+    heads = list(find_attention_heads(model)) if pooling else []
     if quantize is not None:
-        _plan_linears(plan, model, quantize, calibration, tokenizer, verbose)
+        inside = {module for head in heads for module in head.original.modules()}
+        _plan_linears(plan, model, quantize, inside, calibration, tokenizer, verbose)
     if pooling:
         _plan_pooling(plan, model)
+        _plan_attention_heads(plan, heads)
     if not plan.rows:
         reasons = "".join(f"\n  {name}: {why}" for name, why in plan.left.items())
         raise ValueError(f"model has nothing to swap{' that may be swapped:' + reasons if reasons else ''}")
@@ -205,9 +211,15 @@ class _Quantised:
 
 
 def _plan_linears(
-    plan: _Plan, model: nn.Module, config: QuantConfig, data: Any, tokenizer: Any, progress: bool
+    plan: _Plan,
+    model: nn.Module,
+    config: QuantConfig,
+    inside: Set[nn.Module],
+    data: Any,
+    tokenizer: Any,
+    progress: bool,
 ) -> None:
-    layers = find_layers(model, config)
+    layers = find_layers(model, config, inside)
     plan.left.update(layers.left)
     quantised = _quantise(model, layers, config, data, tokenizer, progress) if layers.chosen else {}
     epilogues: dict[int, dict[str, str]] = {}
@@ -311,6 +323,13 @@ def _plan_pooling(plan: _Plan, model: nn.Module) -> None:
             plan.replace(parent, normalize, surgery.Absorbed(by=name))
         kind = "pooling" if normalize is None else "pooling + normalize"
         plan.rows.append(SwapRow(names[id(module)], kind, None, 0, 0))
+
+
+def _plan_attention_heads(plan: _Plan, heads: Sequence[AttentionHead]) -> None:
+    for head in heads:
+        plan.replace(head.parent, head.name, head.replacement)
+        size = surgery.tensor_bytes(head.original)
+        plan.rows.append(SwapRow(head.path, head.kind, None, size, size))
 
 
 def _plan_encoders(plan: _Plan, model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """NV-Embed checkpoints of any size, with random weights."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def nv_embed_weights(
@@ -33,3 +34,43 @@ def nv_embed_weights(
         weights[f"cross_attend_blocks.{norm}.weight"] = normal(dim, std=0.1, mean=1)
         weights[f"cross_attend_blocks.{norm}.bias"] = normal(dim, std=0.1)
     return weights
+
+
+class LatentAttentionModel(nn.Module):
+    """NV-Embed's latent attention, written out after the description of its released code (arXiv 2405.17428)."""
+
+    def __init__(self, weights: dict[str, Tensor], heads: int = 2, output_normalize: bool = True) -> None:
+        super().__init__()
+        latents, dim = weights["latents"].shape
+        inner, hidden = (
+            weights[f"cross_attend_blocks.{name}"].shape[0] for name in ("0.fn.to_q.weight", "1.fn.net.0.weight")
+        )
+        attention, feed_forward = nn.Module(), nn.Module()
+        attention.heads = heads
+        attention.to_q = nn.Linear(dim, inner, bias=False)
+        attention.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        attention.to_out = nn.Linear(inner, dim, bias=False)
+        feed_forward.net = nn.Sequential(nn.Linear(dim, hidden), nn.Identity(), nn.Linear(hidden // 2, dim))
+        first, second = nn.Module(), nn.Module()
+        first.fn, first.norm, first.norm_context = attention, nn.LayerNorm(dim), nn.LayerNorm(dim)
+        second.fn, second.norm = feed_forward, nn.LayerNorm(dim)
+        self.output_normalize = output_normalize
+        self.latents = nn.Parameter(torch.empty(latents, dim))
+        self.cross_attend_blocks = nn.ModuleList([first, second])
+        self.load_state_dict(weights)
+
+    def forward(self, hiddens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        first, second = self.cross_attend_blocks
+        context = first.norm_context(self.latents.expand(len(hiddens), -1, -1))
+        query = first.fn.to_q(first.norm(hiddens))
+        key, value = first.fn.to_kv(context).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (first.fn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        y = first.fn.to_out(attended) + hiddens
+        values, gates = second.fn.net[0](second.norm(y)).chunk(2, dim=-1)
+        tokens = second.fn.net[2](values * F.gelu(gates)) + y
+        if attention_mask is None:
+            return tokens
+        mask = attention_mask[..., None].to(tokens.dtype)
+        pooled = (tokens * mask).sum(1) / mask.sum(1)
+        return F.normalize(pooled, dim=-1) if self.output_normalize else pooled

@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from latent_models import LatentAttentionModel, nv_embed_weights
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor, nn
@@ -187,6 +188,19 @@ def clip_vision_exit(model: Any, inputs: Inputs) -> Tensor:
     return MultiExitEncoder(model, [(3, 32)], heads={3: head}, mode="cls")(**inputs)[3, 32]
 
 
+class NVEmbed(nn.Module):
+    """A bidirectional Mistral and latent attention, which pools all but the instruction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding_model = transformers.MistralModel(transformers.MistralConfig(**_DECODER, is_causal=False))
+        self.latent_attention_model = LatentAttentionModel(nv_embed_weights(dim=WIDTH, dtype=torch.float32))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        pool_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= 3)
+        return self.latent_attention_model(self.embedding_model(input_ids, attention_mask)[0], pool_mask)
+
+
 def prepended(model: Any, inputs: Inputs) -> Tensor:
     """Token prepending with hidden states overwritten by hand, in front of layers 1 and 2; the last layer but one."""
 
@@ -270,10 +284,13 @@ ARCHITECTURES = {
         modular_exits,
         "MultiExitEncoder: exits 4, 9, 18, 27 and 36, pooled from the separator on, their heads after pooling",
     ),
-    "Mistral, bidirectional": text(
-        "NV-Embed, E5-Mistral",
-        random_model(transformers.MistralModel, transformers.MistralConfig(**_DECODER, is_causal=False)),
-        "mean",
+    "Mistral, bidirectional, with latent attention": Architecture(
+        "NV-Embed", lambda: seeded(NVEmbed), tiny_models.batch, lambda model, inputs: model(**inputs)
+    ),
+    "Mistral": text(
+        "E5-Mistral",
+        random_model(transformers.MistralModel, transformers.MistralConfig(**_DECODER)),
+        "lasttoken",
         left_padded,
     ),
     "Llama": text("LLM2Vec, RepLLaMA", llama(), "lasttoken", left_padded),
@@ -305,6 +322,12 @@ ARCHITECTURES = {
         "MultiExitEncoder: class token, norm and projection as head",
     ),
     "Llama as CLIP's text encoder": text("LLM2CLIP", llama(is_causal=False), "mean", left_padded, project=True),
+    "SigLIP, vision": Architecture(
+        "SigLIP",
+        random_model(transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**_IMAGE)),
+        pixels,
+        pooler,
+    ),
     "ViT": Architecture(
         "ViT",
         random_model(transformers.ViTModel, transformers.ViTConfig(**_IMAGE)),

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -58,8 +58,8 @@ class Layers:
         return [layer for layer in self.chosen if layer is first or layer.tied_to is first]
 
 
-def find_layers(model: nn.Module, config: QuantConfig) -> Layers:
-    """The layers of a model that the configuration quantises.
+def find_layers(model: nn.Module, config: QuantConfig, inside: Set[nn.Module] = frozenset()) -> Layers:
+    """The layers of a model that the configuration quantises, but for those `inside` of what is replaced as a whole.
 
     Raises:
         ValueError: a pattern fits no linear layer.
@@ -76,6 +76,8 @@ def find_layers(model: nn.Module, config: QuantConfig) -> Layers:
     found = Layers([], {}, _owners_of_tensors(model))
     first: dict[tuple[int, int], Linear] = {}
     for linear in linears.values():
+        if linear.module in inside:
+            continue
         if (why := _why_left(linear, config, found.owners)) is not None:
             found.left[linear.name] = why
             continue

@@ -23,8 +23,8 @@ REDUCTIONS = {"tokens_q": ("masked_mean", "all"), "latents_q": ("first", "mean_l
 _NV_EMBED_PREFIX = "latent_attention_model."
 # Tokens whose activations a training step keeps at a time; the others' are computed again in the backward pass.
 _TRAINING_TILE = 512
-# Output features of the first matrix that are worked on together when it is quantised.
-_QUANTIZED_CHUNK = 2048
+# Hidden features of the feed-forward that are folded, or multiplied when quantised, together.
+_HIDDEN_CHUNK = 2048
 
 
 class _Layer(nn.Module):
@@ -398,7 +398,7 @@ class LatentAttentionPooling(nn.Module):
         weight, bias = last.weight, last.bias
         if weight.dtype != gated.dtype:
             # A piece at a time: the whole matrix in float32 would be the largest thing in memory.
-            pieces = [_matrix_vector(part.to(gated.dtype), gated) for part in weight.split(_QUANTIZED_CHUNK // 4)]
+            pieces = [_matrix_vector(part.to(gated.dtype), gated) for part in weight.split(_HIDDEN_CHUNK // 4)]
             product = torch.cat(pieces, dim=1)
         else:
             product = _matrix_vector(weight, gated)
@@ -661,8 +661,8 @@ class LatentAttentionPooling(nn.Module):
         plain: list[tuple[Tensor, Tensor]] = []
         packed: list[Tensor] = []
         quantized: list[QuantLinear] = []
-        for first in range(0, half, _QUANTIZED_CHUNK):
-            columns = slice(first, min(half, first + _QUANTIZED_CHUNK))
+        for first in range(0, half, _HIDDEN_CHUNK):
+            columns = slice(first, min(half, first + _HIDDEN_CHUNK))
             parts = []
             for side, rows in enumerate((columns, slice(half + columns.start, half + columns.stop))):
                 bias = None if linear.bias is None else linear.bias[rows].double()

@@ -1,6 +1,8 @@
 """Latent-attention pooling, folded for inference: checks, schema, fake kernel and backend choice."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +119,7 @@ class Tiles:
         self.y_sums = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], dtype=torch.float64)
         self._normalized = x.new_empty(min(TILE_TOKENS, len(x)), x.shape[1], dtype=torch.float32)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(first token, normalised y [rows, D]) of each tile; the rows are overwritten by the next."""
         tokens, dim = self.x.shape
         for first in range(0, tokens, TILE_TOKENS):
@@ -200,7 +202,7 @@ def _check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of x, got {ends}")
 
 
-def _reference(x: Tensor, cu_seqlens: Tensor, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _reference(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _check(x, cu_seqlens, *args)
     _check_offsets(cu_seqlens, len(x))
     return reference.latent_pool(x, cu_seqlens, *args)
@@ -248,7 +250,7 @@ def _cpu(
     return tiles.means(tiles.y_sums), tiles.means(gated_sums)
 
 
-def _fake(x: Tensor, cu_seqlens: Tensor, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _fake(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _check(x, cu_seqlens, *args)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sequences, hidden = cu_seqlens.shape[0] - 1, args[4].shape[0] // 2

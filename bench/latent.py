@@ -45,7 +45,7 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
     weights = _weights(width, latents)
     torch.manual_seed(1)
     x = torch.randn(batch, length, width)
-    x[..., 7] += 20  # one channel far from the others, as hidden states have it
+    x[..., 7] *= 20  # one channel far larger than the others, as hidden states have it
     x = x.bfloat16().float()
     mask = torch.ones(batch, length)
     pooling = LatentAttentionPooling.from_nv_embed(weights, HEADS).fold()

@@ -4,6 +4,7 @@ Random weights of the released shapes. The error is 1 - cosine to float64, and t
 float32, 1e-5 in bfloat16. Peak extra memory is that of the process during one call, weights not counted.
 """
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,6 +177,8 @@ def _peak_memory(call: Callable[[], Tensor]) -> int:
     """Most resident bytes of the process during a call, those before it not counted."""
     call()
     gc.collect()
+    # What malloc has kept from the call before would be used again and not be seen.
+    ctypes.CDLL(None).malloc_trim(0)
     # 5 sets the peak back to what is resident now (proc(5)).
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")

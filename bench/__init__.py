@@ -31,6 +31,6 @@ one thread pool at a time, and keeps the best and the median round of each in wa
 limits (bench/limits) are measured before and after, in the same process.
 """
 
-from .harness.workload import Case, Context, Faster, OfLimit, Reached, Workload, optional_import
+from .harness.workload import Case, Context, Faster, OfLimit, Rate, Reached, Workload, optional_import
 
-__all__ = ["Case", "Context", "Faster", "OfLimit", "Reached", "Workload", "optional_import"]
+__all__ = ["Case", "Context", "Faster", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]

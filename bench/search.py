@@ -1,10 +1,11 @@
-"""Search over binary and few-bit codes: ours, FAISS, and USearch where it is installed.
+"""Search over binary and few-bit codes: ours, FAISS, and USearch and turbovec where they are installed.
 
 The limit "popcount" is that of one xor, population count and add for every word of a pair; adding words up bit by bit
-before counting gets beyond it.
+before counting gets beyond it. turbovec takes its number of threads from RAYON_NUM_THREADS when it starts, whatever
+--threads says: compare its processor time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import faiss
@@ -12,29 +13,44 @@ import numpy as np
 
 import fastembed
 
-from . import Case, Context, Faster, Workload, optional_import
+from . import Case, Context, Faster, OfLimit, Rate, Workload, optional_import
 from .harness.workload import OURS
 
 usearch = optional_import("usearch")
+turbovec = optional_import("turbovec")
 K = 10
 # Bytes; codes that may stay in a cache between calls owe the memory nothing.
 LARGEST_CACHE = 1 << 26
 
+Goals = Sequence[Faster | OfLimit | Rate]
+
 
 def cases() -> Iterator[Case]:
     """Complete searches, selection of the k best included."""
-    yield Case("hamming, 1024 bits, 256 queries", _hamming(1024, 256, faster=3.5))
-    yield Case("hamming, 1024 bits, 32 queries", _hamming(1024, 32, faster=3.5))
-    yield Case("hamming, 1024 bits, 32 queries, k = 1000", _hamming(1024, 32, k=1000))
-    yield Case("hamming, 1024 bits, 1 query", _hamming(1024, 1, faster=1.0, faster_in_parallel=1.25))
-    yield Case("hamming, 1024 bits, 1 query, 100k codes", _hamming(1024, 1, codes=100_000))
-    yield Case("hamming, 512 bits, 256 queries", _hamming(512, 256, faster=2.0))
+    many = [Rate(0.85e9), Faster("FAISS", 3.5)]
+    yield Case("hamming, 1024 bits, 256 queries", _hamming(1024, 256, goals=many))
+    yield Case("hamming, 1024 bits, 32 queries", _hamming(1024, 32, goals=many))
+    yield Case(
+        "hamming, 1024 bits, 32 queries, k = 1000", _hamming(1024, 32, k=1000, goals=[Faster("k = 10", 1 / 1.3)])
+    )
+    yield Case(
+        "hamming, 1024 bits, 1 query",
+        _hamming(1024, 1, goals=[OfLimit(0.9)], goals_in_parallel=[Faster("FAISS", 1.25)]),
+    )
+    yield Case("hamming, 1024 bits, 1 query, 100k codes", _hamming(1024, 1, codes=100_000, goals=[Rate(0.6e9)]))
+    yield Case("hamming, 4096 bits, 32 queries, 200k codes", _hamming(4096, 32, codes=200_000))
+    yield Case("hamming, 512 bits, 256 queries", _hamming(512, 256, goals=[Faster("FAISS", 2.0)]))
     yield Case("hamming, 384 bits, 256 queries", _hamming(384, 256))
-    yield Case("hamming, 256 bits, 256 queries", _hamming(256, 256, faster=2.0))
-    yield Case("hamming, 1024 bits, 32 queries, 20k codes", _hamming(1024, 32, codes=20_000, with_usearch=True))
-    yield Case("sdc, 2 bits, 512 dims, 256 queries", _sdc(2, 512, 256))
+    yield Case("hamming, 256 bits, 256 queries", _hamming(256, 256, goals=[Faster("FAISS", 2.0)]))
+    yield Case("hamming, 256 bits, 32 queries, 10M codes", _hamming(256, 32, codes=10_000_000))
+    yield Case(
+        "hamming, 1024 bits, 32 queries, 20k codes",
+        _hamming(1024, 32, codes=20_000, with_usearch=True, goals=[Faster("USearch", 15.0)]),
+    )
+    yield Case("sdc, 2 bits, 512 dims, 256 queries", _sdc(2, 512, 256, goals=[Rate(0.4e9)]))
+    yield Case("sdc, 4 bits, 256 dims, 256 queries", _sdc(4, 256, 256, goals=[Rate(0.75e9)]))
+    yield Case("sdc, 4 bits, 256 dims, 32 queries", _sdc(4, 256, 32, goals=[Rate(0.75e9)]))
     yield Case("sdc, 2 bits, 384 dims, 1 query", _sdc(2, 384, 1))
-    yield Case("sdc, 4 bits, 256 dims, 256 queries", _sdc(4, 256, 256))
 
 
 def _hamming(
@@ -43,11 +59,11 @@ def _hamming(
     *,
     codes: int = 1_000_000,
     k: int = K,
-    faster: float | None = None,
-    faster_in_parallel: float | None = None,
+    goals: Goals = (),
+    goals_in_parallel: Goals | None = None,
     with_usearch: bool = False,
 ) -> Callable[[Context], Workload]:
-    """`faster`: goal against FAISS, with `faster_in_parallel` in its place on more than one thread."""
+    """`goals_in_parallel` stand in place of the others on more than one thread."""
 
     def setup(context: Context) -> Workload:
         count = 4 * k if context.quick else codes
@@ -60,22 +76,28 @@ def _hamming(
             OURS: lambda: fastembed.hamming_topk(q, c, k),
             "FAISS": lambda: index.search(q, k),
         }
+        if k != K:
+            providers[f"k = {K}"] = lambda: fastembed.hamming_topk(q, c, K)
         if with_usearch and usearch is not None:
             providers["USearch"] = _usearch_exact(q, c, k, context.threads)
         distances = np.stack([np.sort(np.bitwise_count(row ^ c).sum(axis=1, dtype=np.int32))[:k] for row in q[:4]])
-        goal = faster if context.threads == 1 or faster_in_parallel is None else faster_in_parallel
         pairs = queries * count
         demands: dict[str, float] = {"popcount": pairs * bits}
         if c.nbytes > LARGEST_CACHE:
             demands["read"] = c.nbytes
+
+        def wrong(_: str, result: tuple[np.ndarray, np.ndarray]) -> float:
+            found = result[0][:4].astype(np.int64)
+            return float(np.abs(found - distances[:, : found.shape[1]]).max())
+
         return Workload(
             providers=providers,
-            verify=lambda _, result: float(np.abs(result[0][:4].astype(np.int64) - distances).max()),
+            verify=wrong,
             tolerance=0,
             amount=pairs,
             unit="pair",
             demands=demands,
-            goals=[] if goal is None else [Faster("FAISS", goal)],
+            goals=goals if context.threads == 1 or goals_in_parallel is None else goals_in_parallel,
         )
 
     return setup
@@ -91,45 +113,57 @@ def _usearch_exact(q: np.ndarray, c: np.ndarray, k: int, threads: int) -> Callab
     return call
 
 
-def _sdc(bits: int, dim: int, queries: int) -> Callable[[Context], Workload]:
-    """Beside FAISS's scalar quantiser of 4 bits, which takes float queries, and an exact search of the float vectors.
+def _sdc(bits: int, dim: int, queries: int, *, goals: Goals = ()) -> Callable[[Context], Workload]:
+    """50,000 codes, beside indexes of as many bytes each, which take float queries, and a search of the float vectors.
 
     The error is 1 - Recall@10 against the float vectors, queries being noisy copies of documents.
     """
 
     def setup(context: Context) -> Workload:
-        count = 400 if context.quick else 200_000
+        count = 2000 if context.quick else 50_000
         rng = np.random.default_rng(0)
         x = rng.standard_normal((count, dim), dtype=np.float32)
         q = x[:queries] + rng.standard_normal((queries, dim), dtype=np.float32)
         x, q = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (x, q))
         codes = fastembed.sdc_encode(x, bits)
         exact = faiss.IndexFlatIP(dim)
-        exact.add(x)
-        quantised = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_4bit, faiss.METRIC_INNER_PRODUCT)
-        quantised.train(x[:10_000])
-        quantised.add(x)
+        inner = faiss.METRIC_INNER_PRODUCT
+        indexes = {
+            "FAISS SQ4": faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_4bit, inner),
+            # `bits` bits per dim, as 4-bit codes of sub-vectors.
+            "FAISS PQ fast-scan": faiss.IndexPQFastScan(dim, dim * bits // 4, 4, inner),
+            "FAISS RaBitQ": faiss.IndexPreTransform(
+                faiss.RandomRotationMatrix(dim, dim), faiss.IndexRaBitQ(dim, inner, bits)
+            ),
+        }
+        for index in indexes.values():
+            index.train(x[:10_000])
+        for index in (exact, *indexes.values()):
+            index.add(x)
         _, truth = exact.search(q, K)
 
         def missed(_: str, result: tuple[np.ndarray, np.ndarray]) -> float:
             found = sum(len(np.intersect1d(*rows)) for rows in zip(result[1], truth, strict=True))
             return 1 - found / truth.size
 
+        providers: dict[str, Callable[[], Any]] = {OURS: lambda: fastembed.sdc_topk(q, codes, K)}
+        providers |= {name: lambda index=index: index.search(q, K) for name, index in indexes.items()}
+        if turbovec is not None:
+            turbo = turbovec.TurboQuantIndex(dim, bits)
+            turbo.add(x)
+            providers["turbovec"] = lambda: turbo.search(q, K)
+        providers["FAISS float32"] = lambda: exact.search(q, K)
         pairs = queries * count
         # Two bits: three bit streams are counted. More: one multiplication and addition for each dimension.
         demands = {"popcount": 3.0 * pairs * dim} if bits == 2 else {"int8": 2.0 * pairs * dim}
         return Workload(
-            providers={
-                OURS: lambda: fastembed.sdc_topk(q, codes, K),
-                "FAISS SQ4": lambda: quantised.search(q, K),
-                "FAISS float32": lambda: exact.search(q, K),
-            },
+            providers=providers,
             verify=missed,
             tolerance=1,
             amount=pairs,
             unit="pair",
             demands=demands,
-            goals=[Faster("FAISS SQ4", 3.0)],
+            goals=[*goals, *(Faster(name, 3.0) for name in indexes)],
         )
 
     return setup

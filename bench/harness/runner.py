@@ -13,7 +13,7 @@ import torch
 
 from .. import limits
 from . import environment
-from .workload import OURS, Case, Context, Faster, OfLimit, Reached, Workload
+from .workload import OURS, Case, Context, Faster, OfLimit, Rate, Reached, Workload
 
 # Timed per provider and case, unless told otherwise.
 SECONDS = 1.5
@@ -213,4 +213,8 @@ def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
             verdicts.append(Verdict(ours.case, ours.threads, goal.what, goal.wanted, goal.reached))
         elif isinstance(goal, OfLimit):
             verdicts.append(Verdict(ours.case, ours.threads, f"of limit {ours.bound_by}", goal.fraction, ours.of_limit))
+        elif isinstance(goal, Rate):
+            name = f"G {ours.unit}s a second and thread"
+            reached = ours.rate / ours.threads / 1e9
+            verdicts.append(Verdict(ours.case, ours.threads, name, goal.amount / 1e9, reached))
     return verdicts

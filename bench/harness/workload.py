@@ -51,6 +51,13 @@ class OfLimit:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Goal: ours does at least `amount` units of work a second with each thread."""
+
+    amount: float
+
+
+@dataclass(frozen=True)
 class Workload:
     """One thing to measure.
 
@@ -73,7 +80,7 @@ class Workload:
     amount: float
     unit: str
     demands: Mapping[str, float] = field(default_factory=dict)
-    goals: Sequence[Faster | OfLimit | Reached] = ()
+    goals: Sequence[Faster | OfLimit | Rate | Reached] = ()
     rounds: int = 7
 
     def tolerance_of(self, provider: str) -> float:

@@ -13,7 +13,18 @@ import fastembed
 from fastembed._native import core
 
 ROOT = Path(__file__).parent.parent.parent
-PEERS = ("torch", "sentence-transformers", "transformers", "faiss-cpu", "onnxruntime", "xllamacpp", "numpy", "triton")
+PEERS = (
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "faiss-cpu",
+    "usearch",
+    "turbovec",
+    "onnxruntime",
+    "xllamacpp",
+    "numpy",
+    "triton",
+)
 
 
 def set_threads(threads: int) -> None:

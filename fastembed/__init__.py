@@ -37,6 +37,7 @@ __all__ = [
     "hamming_range",
     "hamming_topk",
     "info",
+    "load_quantized",
     "nn",
     "pack_bits",
     "pool_exits",
@@ -44,6 +45,7 @@ __all__ = [
     "quantize",
     "relative_representations",
     "rescore",
+    "save_quantized",
     "sdc_encode",
     "sdc_topk",
     "swap",
@@ -55,6 +57,7 @@ __all__ = [
 
 if _torch is not None:
     from . import nn
+    from .checkpoint import load_quantized, save_quantized
     from .dense import dense_exits
     from .encoder import MultiExitEncoder
     from .ops.pooling import pool_exits

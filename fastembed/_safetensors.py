@@ -24,6 +24,23 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         file.write(data)
 
 
+def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    Path(path).stat()  # an absent file is FileNotFoundError, not damage
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"path must be an undamaged fastembed safetensors file, got {os.fspath(path)}") from error
+    return tensors
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the settings that `write_safetensors` wrote.
 

@@ -251,6 +251,16 @@ class QuantLinear(nn.Module):
             in_features=self.in_features,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """The settings that shapes do not tell: layers of 61 and 62 features have codes of one shape."""
+        return torch.tensor(self._settings(), dtype=torch.int32)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compared before anything is loaded."""
+
+    def _settings(self) -> list[int]:
+        return [self.in_features, self.out_features, self.bits, self._features_per_group]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's tensors: codes, scales, zero points and bias, padding included."""
@@ -288,6 +298,13 @@ class QuantLinear(nn.Module):
     ) -> None:
         # Shapes are checked for every module; of dtypes only copies are made, and these would change the weight.
         *_, error_msgs = reports
+        settings = state_dict.get(f"{prefix}_extra_state")
+        if settings is not None and settings.tolist() != self._settings():
+            error_msgs.append(
+                f"{prefix[:-1] or 'the layer'} must have [in_features, out_features, bits, features per group] "
+                f"{self._settings()} in the state_dict, got {settings.tolist()}"
+            )
+            return
         for name in ("codes", "scales", "zeros"):
             own, loaded = self._buffers[name], state_dict.get(prefix + name)
             if own is not None and loaded is not None and own.dtype != loaded.dtype:

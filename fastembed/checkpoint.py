@@ -1,0 +1,259 @@
+"""Quantised models as folders: safetensors for the tensors, JSON for everything else, no pickle."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._safetensors import open_safetensors, write_safetensors
+from .integrations import surgery
+from .nn import QuantLinear
+from .swap import plan_use
+
+FORMAT = "fastembed-quantized"
+VERSION = 1
+_SETTINGS_FILE = "fastembed.json"
+_TENSORS_FILE = "quantized.safetensors"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantised model to a folder, for `load_quantized`.
+
+    The folder holds all parameters and buffers in `quantized.safetensors`, tied ones once; the settings of the
+    quantised layers and the version of the format in `fastembed.json`; and what the model's own library needs to build
+    it anew, configuration and tokenizer, without the original weights.
+
+    Args:
+        model: a SentenceTransformer, a transformers model or any module that `fastembed.quantize` has been called on.
+        path: a folder; made if it is not there.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: nothing in it is quantised, or its pooling is swapped, which no file holds.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    places = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: _settings_of(module) for name, module in places.items() if isinstance(module, QuantLinear)}
+    absorbed = {name: module.by for name, module in places.items() if isinstance(module, surgery.Absorbed)}
+    if not layers:
+        raise ValueError("model must have quantised layers: call fastembed.quantize(model, ...) first")
+    if any(type(module).__name__ == "FusedPooling" for module in places.values()):
+        raise ValueError("model must not have its pooling swapped: swap with pooling=False, or use fastembed.quantize")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    library = _library_of(model)
+    _write_skeleton(model, library, folder)
+    first: dict[int, str] = {}
+    tied, tensors = {}, {}
+    for name, tensor in _tensors_of(model):
+        if (other := first.setdefault(id(tensor), name)) != name:
+            tied[name] = other
+        else:
+            tensors[name] = tensor
+    # The tensors first: a folder without settings is not mistaken for a whole one.
+    write_safetensors(folder / _TENSORS_FILE, tensors, {"format": FORMAT, "version": VERSION})
+    settings = {
+        "format": FORMAT,
+        "version": VERSION,
+        "library": library,
+        "class": type(model).__name__,
+        "layers": layers,
+        "absorbed": absorbed,
+        "tied": tied,
+    }
+    (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
+
+
+def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The model that `save_quantized` wrote.
+
+    It is built without memory for its weights, and takes its tensors straight from the memory-mapped file, which must
+    stay in place while the model is used.
+
+    Args:
+        path: the folder.
+        model: for modules that are neither SentenceTransformers nor transformers models: an unquantised one of the same
+            architecture, on any device, to load into.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: the folder is of a newer version or no such folder at all, its file is damaged, or a tensor is
+            missing, unknown or of the wrong shape or dtype. A `model` that was passed is left as it was.
+    """
+    folder = Path(path)
+    settings = _read_settings(folder)
+    tensors = open_safetensors(folder / _TENSORS_FILE)
+    if model is None:
+        model = _build_skeleton(settings, folder)
+    layers = {name: _empty_layer(entry) for name, entry in settings["layers"].items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in (*layers, *settings["absorbed"]) if name not in modules]:
+        raise ValueError(f"model must have the layers of the file, but has no {unknown[0]}")
+    tied = settings["tied"]
+    _check_tensors(modules, layers, tensors, tied, settings["absorbed"])
+    plan = plan_use(model, layers, settings["absorbed"])
+    plan.carry_out()
+    given: dict[str, Tensor] = {}
+    for name, old in list(_tensors_of(model)):
+        source = tied.get(name, name)
+        if source not in given:
+            tensor = tensors[source]
+            given[source] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, given[source])
+    return model.eval()
+
+
+def _settings_of(layer: QuantLinear) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "symmetric": layer.symmetric,
+        "activations": layer.activations,
+        "epilogue": layer.epilogue,
+        "scale_dtype": str(layer.scales.dtype).removeprefix("torch."),
+        "fractional_zeros": layer.zeros is not None and layer.zeros.dtype != torch.uint8,
+    }
+
+
+def _empty_layer(settings: Mapping[str, Any]) -> QuantLinear:
+    return QuantLinear(**{**settings, "scale_dtype": _DTYPES[settings["scale_dtype"]], "device": "meta"})
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / _SETTINGS_FILE).read_text())
+        known = settings["format"] == FORMAT
+        version = settings["version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"path must be a folder that fastembed.save_quantized wrote, got {folder}") from error
+    if not known:
+        raise ValueError(f"path must be a folder that fastembed.save_quantized wrote, got {folder}")
+    if version > VERSION:
+        raise ValueError(f"path must have format version {VERSION} or older, got {version}: update fastembed-kernels")
+    return dict(settings)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name, those included that a state_dict leaves out."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not name.startswith("_fastembed"):
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _check_tensors(
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, QuantLinear],
+    tensors: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    absorbed: Mapping[str, str],
+) -> None:
+    """Compare the file with what the model will hold, before anything is changed."""
+    expected: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        if name not in absorbed:
+            owner = layers.get(name, module)
+            for attribute, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                if tensor is not None and not attribute.startswith("_fastembed"):
+                    expected[f"{name}.{attribute}" if name else attribute] = tensor
+    for name, tensor in expected.items():
+        found = tensors.get(tied.get(name, name))
+        if found is None:
+            raise ValueError(f"the file must hold {name}, and it is missing")
+        if found.shape != tensor.shape:
+            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {list(found.shape)} in the file")
+        if name.rpartition(".")[0] in layers and not name.endswith(".bias") and found.dtype != tensor.dtype:
+            raise ValueError(f"{name} must be {tensor.dtype}, got {found.dtype} in the file")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"the file must hold tensors of the model only, got {unknown[0]}")
+
+
+def _library_of(model: nn.Module) -> str:
+    if hasattr(type(model), "preprocess") and isinstance(model, nn.Sequential):
+        return "sentence-transformers"
+    return "transformers" if hasattr(type(model), "push_to_hub") and hasattr(model, "config") else "torch"
+
+
+def _write_skeleton(model: nn.Module, library: str, folder: Path) -> None:
+    """What the library builds the model from: all that its own saving writes, but no weights of transformers models."""
+    if library == "torch":
+        return
+    from transformers import PreTrainedModel
+
+    encoders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # A swapped model's own methods write the original instead.
+    overridden = [
+        (module, name, module.__dict__.pop(name))
+        for module in model.modules()
+        for name in ("save", "save_pretrained")
+        if name in module.__dict__
+    ]
+    try:
+        for encoder in encoders:
+            encoder.__dict__["save_pretrained"] = _ConfigOnly(encoder)
+        model.save_pretrained(str(folder))  # type: ignore[operator]
+    finally:
+        for encoder in encoders:
+            del encoder.__dict__["save_pretrained"]
+        for module, name, method in overridden:
+            module.__dict__[name] = method
+
+
+class _ConfigOnly:
+    """Stands in for a transformers model's save_pretrained."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+
+    def __call__(self, folder: str, **_: Any) -> None:
+        # from_pretrained chooses classes by this, and the model's own saving would have set it.
+        self.encoder.config.architectures = [type(self.encoder).__name__]
+        self.encoder.config.save_pretrained(folder)
+
+
+def _build_skeleton(settings: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model without weights, all its tensors on the meta device."""
+    if settings["library"] == "torch":
+        raise ValueError(f"model must be given to load a {settings['class']} into, got None")
+    import transformers
+
+    if settings["library"] == "transformers":
+        architecture = getattr(transformers, settings["class"], None)
+        if architecture is None:
+            raise ValueError(f"model must be given: transformers has no class {settings['class']}")
+        with torch.device("meta"):
+            return architecture(transformers.AutoConfig.from_pretrained(folder))
+    from sentence_transformers import SentenceTransformer
+
+    with _transformers_without_weights(transformers.PreTrainedModel):
+        return SentenceTransformer(str(folder), device="meta", local_files_only=True)
+
+
+@contextmanager
+def _transformers_without_weights(base: type) -> Iterator[None]:
+    """Inside, `from_pretrained` of transformers models builds from the configuration alone, on the meta device."""
+    original = base.__dict__["from_pretrained"]
+
+    def from_config(cls: type, *_: Any, config: Any, **__: Any) -> Any:
+        with torch.device("meta"):
+            return cls(config)
+
+    base.from_pretrained = classmethod(from_config)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        base.from_pretrained = original  # type: ignore[attr-defined]

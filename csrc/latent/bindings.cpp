@@ -1,17 +1,14 @@
 #include <pybind11/pybind11.h>
 
+#include "common/address.hpp"
 #include "latent/latent.hpp"
 
 namespace py = pybind11;
 namespace latent = fastembed::latent;
 using fastembed::DType;
+using fastembed::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 latent::Weight weight(uintptr_t panels, int dtype, uintptr_t bias, int64_t in_features, int64_t out_features) {
   return {pointer<const void>(panels), static_cast<DType>(dtype), pointer<const float>(bias), in_features,

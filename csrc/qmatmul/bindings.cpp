@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/address.hpp"
 #include "qmatmul/qmatmul.hpp"
 
 namespace py = pybind11;
@@ -11,11 +12,6 @@ using namespace fastembed;
 using qmatmul::Layer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Layer make_layer(int64_t in_features, int64_t out_features, uintptr_t codes, uintptr_t scales, int scale_dtype,
                  uintptr_t zeros, int zero_kind, int bits, int64_t group_size, uintptr_t bias, int bias_dtype,

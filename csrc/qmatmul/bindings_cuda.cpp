@@ -1,16 +1,12 @@
 #include <pybind11/pybind11.h>
 
+#include "common/address.hpp"
 #include "qmatmul/qmatmul_cuda.hpp"
 
 namespace py = pybind11;
 using namespace fastembed;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void qlinear(uintptr_t x, int dtype, int64_t rows, int64_t in_features, int64_t row_stride, uintptr_t codes,
              uintptr_t scales, int scale_dtype, uintptr_t zeros, int zero_kind, int bits, int64_t group_size,

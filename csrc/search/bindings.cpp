@@ -4,17 +4,13 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/address.hpp"
 #include "search/search.hpp"
 
 namespace py = pybind11;
 using namespace fastembed;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 search::Matrix matrix(uintptr_t address, int64_t rows, int64_t bytes, int64_t stride) {
   return {pointer<const uint8_t>(address), rows, bytes, stride};

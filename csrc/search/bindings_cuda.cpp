@@ -1,16 +1,13 @@
 #include <pybind11/pybind11.h>
 
+#include "common/address.hpp"
 #include "search/search_cuda.hpp"
 
 namespace py = pybind11;
 namespace cuda = fastembed::search::cuda;
+using fastembed::pointer;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // (address, rows, bytes from row to row, address of the inverse norms or 0)
 using CodesTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t>;

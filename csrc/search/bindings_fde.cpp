@@ -1,19 +1,11 @@
 #include <pybind11/pybind11.h>
 
+#include "common/address.hpp"
 #include "search/fde.hpp"
 #include "search/relative.hpp"
 
 namespace py = pybind11;
 using namespace fastembed;
-
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_fde(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();

@@ -16,6 +16,8 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 _FORMAT = "fastembed.RecurrentBinarizer"
 _FORMAT_VERSION = 1
+# Search takes codes of more bits; training of them has not been tried.
+_MAX_BITS = 4
 # Rows encoded at a time: bounds the memory of the hidden layer.
 _ENCODE_ROWS = 8192
 
@@ -69,7 +71,7 @@ class RecurrentBinarizer(nn.Module):
         out_dims = in_features if out_dims is None else out_dims
         checks.check_integer("in_features", in_features, 1)
         checks.check_integer("out_dims", out_dims, 1)
-        checks.check_integer("bits", bits, 1, checks.MAX_SDC_BITS)
+        checks.check_integer("bits", bits, 1, _MAX_BITS)
         hidden_dim = 2 * max(in_features, out_dims) if hidden_dim is None else hidden_dim
         checks.check_integer("hidden_dim", hidden_dim, 0)
         self.in_features = in_features

@@ -35,11 +35,11 @@ struct Range {
 // A query's ranges as positions, in ascending order, those that touch or overlap joined into one.
 std::vector<Range> ranges_of(const Selection& selection, int64_t query) {
   std::vector<Range> ranges;
-  const int64_t* const ids_end = selection.ids + selection.id_count;
   for (int64_t i = 0; i < selection.range_count; ++i) {
     const int64_t* const rows = selection.ranges + (query * selection.range_count + i) * 2;
     Range range = {rows[0], rows[1]};
     if (selection.has_ids()) {
+      const int64_t* const ids_end = selection.ids + selection.id_count;
       range.first = std::lower_bound(selection.ids, ids_end, rows[0]) - selection.ids;
       range.last = std::lower_bound(selection.ids, ids_end, rows[1]) - selection.ids;
     }

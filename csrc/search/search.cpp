@@ -8,7 +8,7 @@
 #include <memory>
 #include <new>
 
-#include "common/isa.hpp"
+#include "search/blocks.hpp"
 #include "search/candidates.hpp"
 #include "search/kernels.hpp"
 #include "search/schedule.hpp"
@@ -17,105 +17,11 @@
 namespace fastembed::search {
 namespace {
 
-#if defined(__x86_64__)
-constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, &avx2::kernels, nullptr, &avx512vnni::kernels}};
-#else
-constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, nullptr, nullptr, nullptr}};
-#endif
-
-// Codes that a block holds: they and the queries they meet stay in the first-level cache.
-constexpr int64_t block_bytes = 32 << 10;
 // Rearranging a block for fewer queries costs more than it gains.
 constexpr int64_t fewest_packed = 4;
 
-// Memory on cache lines, so that no load of a register straddles two. It is not cleared: pages nobody writes cost
-// nothing.
-template <class T>
-struct Buffer {
-  static constexpr std::align_val_t alignment{64};
-  struct Delete {
-    void operator()(T* memory) const { ::operator delete(memory, alignment); }
-  };
-
-  explicit Buffer(int64_t size)
-      : data(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), alignment))) {}
-  T* at(int64_t index) const { return data.get() + index; }
-
-  std::unique_ptr<T, Delete> data;
-};
-
-Rows all_rows(const Matrix& matrix) { return {matrix.data, matrix.stride, matrix.rows, matrix.bytes}; }
-
-// Codes of a block of packed codes of `bytes` each, a whole number of groups of `lanes`.
-int64_t block_rows(int64_t bytes, int64_t lanes) {
-  return std::max<int64_t>(1, block_bytes / std::max<int64_t>(1, bytes * lanes)) * lanes;
-}
-
-// The selected codes by position: where they lie, or where listed ids are not adjacent, copied together for a block.
-class Codes {
- public:
-  struct Some {
-    Rows rows;
-    const float* inverse_norms;
-  };
-  struct Bytes {
-    const uint8_t* data;
-    int64_t count;
-  };
-
-  Codes(const Matrix& codes, const float* inverse_norms, const Selection& selection, int64_t block, int workers)
-      : codes_(codes),
-        inverse_norms_(inverse_norms),
-        ids_(selection.has_ids() ? selection.ids : nullptr),
-        block_(block),
-        rows_(ids_ == nullptr ? 0 : workers * block * codes.bytes),
-        norms_(ids_ == nullptr || inverse_norms == nullptr ? 0 : workers * block) {}
-
-  // Positions that `at` may be asked for at once: a block for several queries, so that the first one fetches it for
-  // all.
-  int64_t most(int64_t queries) const {
-    return ids_ == nullptr && queries == 1 ? std::numeric_limits<int64_t>::max() : block_;
-  }
-
-  // The memory of some positions if it is in one piece, else nothing.
-  Bytes adjacent_bytes(int64_t first, int64_t count) const {
-    if (count <= 0 || codes_.stride != codes_.bytes || !are_adjacent(first, count)) return {codes_.data, 0};
-    return {codes_.data + row(first) * codes_.stride, count * codes_.bytes};
-  }
-
-  Some at(int64_t first, int64_t count, int64_t worker) const {
-    if (are_adjacent(first, count)) {
-      const int64_t row = this->row(first);
-      return {{codes_.data + row * codes_.stride, codes_.stride, count, codes_.bytes},
-              inverse_norms_ == nullptr ? nullptr : inverse_norms_ + row};
-    }
-    uint8_t* const rows = rows_.at(worker * block_ * codes_.bytes);
-    float* const norms = inverse_norms_ == nullptr ? nullptr : norms_.at(worker * block_);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t id = ids_[first + i];
-      std::memcpy(rows + i * codes_.bytes, codes_.data + id * codes_.stride, codes_.bytes);
-      if (norms != nullptr) norms[i] = inverse_norms_[id];
-    }
-    return {{rows, codes_.bytes, count, codes_.bytes}, norms};
-  }
-
-  int64_t id(uint64_t entry) const { return row(id_of(entry)); }
-
- private:
-  int64_t row(int64_t position) const { return ids_ == nullptr ? position : ids_[position]; }
-  bool are_adjacent(int64_t first, int64_t count) const { return row(first + count - 1) - row(first) == count - 1; }
-
-  const Matrix& codes_;
-  const float* inverse_norms_;
-  const int64_t* ids_;
-  int64_t block_;
-  Buffer<uint8_t> rows_;
-  Buffer<float> norms_;
-};
-
 // The largest of some positive floats, 0 of none.
 float largest_norm(const float* norms, int64_t count) {
-  if (norms == nullptr) return 0;
   int32_t largest = 0;  // the bits of positive floats order as they do
   for (int64_t i = 0; i < count; ++i) {
     int32_t bits;
@@ -127,20 +33,6 @@ float largest_norm(const float* norms, int64_t count) {
   return norm;
 }
 
-// Packs the codes of a piece block by block, and hands each block to scan_block(block).
-template <class Word, class Pack, class ScanBlock>
-void scan_blocks(const Codes& codes, const Piece& piece, int64_t rows, int64_t worker, Word* packed, const Pack& pack,
-                 const ScanBlock& scan_block) {
-  for (int64_t first = piece.first; first < piece.last; first += rows) {
-    const int64_t count = std::min(rows, piece.last - first);
-    const Codes::Some some = codes.at(first, count, worker);
-    pack(some.rows, packed);
-    const Codes::Bytes next = codes.adjacent_bytes(first + count, std::min(rows, piece.last - first - count));
-    scan_block(Block{packed, count, static_cast<uint32_t>(first), some.inverse_norms,
-                     largest_norm(some.inverse_norms, count), next.data, next.count});
-  }
-}
-
 // What the searches by Hamming distance share; `finish` is that of Schedule::run, given what the ids are.
 template <class Finish>
 void search_hamming(const Matrix& queries, const Matrix& codes, const Selection& selection, int64_t k, uint32_t limit,
@@ -149,7 +41,7 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
   const Schedule schedule(queries.rows, codes, selection, k, threads);
   const int64_t words = words_of(codes.bytes);
   const int64_t rows = block_rows(words * 8, isa.bit_lanes);
-  const Codes selected(codes, nullptr, selection, rows, schedule.workers());
+  const Codes selected(codes, nullptr, 0, selection, rows, schedule.workers());
   const Buffer<uint64_t> blocks(schedule.workers() * rows * words);
   const Buffer<uint64_t> packed_queries(queries.rows * words);
   generic::kernels.pack_hamming(all_rows(queries), packed_queries.at(0));
@@ -171,7 +63,7 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
     const QueryGroup group = {
         packed_queries.at(batch.first_query * words), piece.members, piece.member_count, candidates, nullptr, nullptr};
     scan_blocks(selected, piece, rows, worker, blocks.at(worker * rows * words), isa.pack_hamming,
-                [&](const Block& block) { isa.scan_hamming(block, words, group); });
+                [&](const Block& block, const float*) { isa.scan_hamming(block, words, group); });
   };
   schedule.run(limit, scan, [&](int64_t query, const uint64_t* entries, int64_t count) {
     return finish(query, entries, count, selected);
@@ -186,7 +78,7 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
                 int64_t query_words, const int32_t* constants, const Pack& pack, const ScanBlock& scan_block) {
   const Schedule schedule(queries.codes.rows, codes.codes, selection, k, threads);
   const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
-  const Codes selected(codes.codes, codes.inverse_norms, selection, rows, schedule.workers());
+  const Codes selected(codes.codes, codes.inverse_norms, 1, selection, rows, schedule.workers());
   const Buffer<Word> blocks(schedule.workers() * rows * words);
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
     const QueryGroup group = {packed_queries + batch.first_query * query_words,
@@ -196,7 +88,11 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
                               queries.inverse_norms + batch.first_query,
                               constants == nullptr ? nullptr : constants + batch.first_query};
     scan_blocks(selected, piece, rows, worker, blocks.at(worker * rows * words), pack,
-                [&](const Block& block) { scan_block(block, group); });
+                [&](Block block, const float* inverse_norms) {
+                  block.inverse_norms = inverse_norms;
+                  block.largest_inverse_norm = largest_norm(inverse_norms, block.count);
+                  scan_block(block, group);
+                });
   };
   const uint32_t limit = key_of_score(-std::numeric_limits<float>::infinity());
   schedule.run(limit, scan, [&](int64_t query, const uint64_t* entries, int64_t count) {

@@ -5,11 +5,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <thread>
 
 #if defined(__SANITIZE_THREAD__)
-#include <atomic>
-#include <thread>
 #include <vector>
 #endif
 
@@ -47,6 +47,21 @@ void run_team(int team, int64_t tasks, const Body& body) {
 
 #endif
 
+// Waits for other threads' work of a few microseconds; on a machine with more threads than cores, for longer.
+class Wait {
+ public:
+  void pause() {
+    if (++rounds_ > most_spins) return std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+ private:
+  static constexpr int most_spins = 1 << 12;
+  int rounds_ = 0;
+};
+
 // Runs body(task) for every task in [0, tasks); each thread takes the next task when it is done with one. The body must
 // not throw.
 template <class Body>
@@ -54,6 +69,29 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
   const int team = team_size(tasks, threads);
   if (team > 1) return run_team(team, tasks, body);
   for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// parallel_for over `first_tasks` and then over `second_tasks`, none of which begins before all of the first are done,
+// by one team: waking a team twice would cost as much as a small second round.
+template <class First, class Second>
+void parallel_for_both(int64_t first_tasks, const First& first, int64_t second_tasks, const Second& second,
+                       int threads) {
+  const int64_t tasks = first_tasks + second_tasks;
+  const int team = team_size(tasks, threads);
+  std::atomic<int64_t> next{0}, done{0};
+  // Whoever waits here waits for running threads only: all of the first tasks have been taken by then.
+  const auto take = [&](int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) {
+      if (task < first_tasks) {
+        first(task);
+        done.fetch_add(1, std::memory_order_release);
+      } else {
+        for (Wait wait; done.load(std::memory_order_acquire) < first_tasks;) wait.pause();
+        second(task - first_tasks);
+      }
+    }
+  };
+  team > 1 ? run_team(team, team, take) : take(0);
 }
 
 }  // namespace fastembed

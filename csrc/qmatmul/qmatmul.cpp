@@ -114,9 +114,7 @@ class Call {
     const int64_t block = divide_up(x_.rows, divide_up(x_.rows, most));
     for (int64_t first = 0; first < x_.rows; first += block) {
       const Rows rows{first, std::min(block, x_.rows - first)};
-      const Activated activated(*this, rows.count, stride);
-      activate(rows, activated);
-      multiply(rows, activated);
+      run_block(rows, Activated(*this, rows.count, stride));
     }
   }
 
@@ -155,21 +153,29 @@ class Call {
   const Layer& layer(int64_t i) const { return *projections_[i].layer; }
   int64_t in_features() const { return layer(0).in_features; }
 
-  void activate(const Rows& rows, const Activated& to) const {
-    const int team = useful_threads(rows.count * in_features(), quantize_grain, threads_);
-    const int64_t chunk = divide_up(rows.count, team * tasks_per_thread);
-    parallel_for(divide_up(rows.count, chunk), team, [&](int64_t task) {
-      const int64_t end = std::min(rows.count, (task + 1) * chunk);
-      for (int64_t row = task * chunk; row < end; ++row) {
-        const char* x = element(x_.data, x_.dtype, (rows.first + row) * x_.stride);
-        if (any_int8_)
-          kernels_.quantize(x, x_.dtype, in_features(), to.codes + row * to.stride, to.stride, to.scales + row);
-        if (any_floats_ && bfloat16_kernels_ == nullptr) {
-          kernels_.widen(x, x_.dtype, in_features(), to.values + row * to.stride, to.stride);
-        }
-        sum_groups(x, rows.count, row, to);
+  void run_block(const Rows& rows, const Activated& activated) const {
+    const int quantizing = useful_threads(rows.count * in_features(), quantize_grain, threads_);
+    const int64_t chunk = divide_up(rows.count, quantizing * tasks_per_thread);
+    const int team = useful_threads(rows.count * in_features() * panels_ * panel_width, multiply_grain, threads_);
+    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
+    const int64_t ranges = std::min(wanted, divide_up(rows.count, rows_per_task));
+    parallel_for_both(
+        divide_up(rows.count, chunk), [&](int64_t task) { activate(rows, task * chunk, chunk, activated); },
+        panels_ * ranges, [&](int64_t task) { multiply(rows, task, ranges, team, activated); }, team);
+  }
+
+  // `count` tokens of a block from its row `first` on, as far as there are so many.
+  void activate(const Rows& rows, int64_t first, int64_t count, const Activated& to) const {
+    for (int64_t row = first; row < std::min(rows.count, first + count); ++row) {
+      const char* x = element(x_.data, x_.dtype, (rows.first + row) * x_.stride);
+      if (any_int8_) {
+        kernels_.quantize(x, x_.dtype, in_features(), to.codes + row * to.stride, to.stride, to.scales + row);
       }
-    });
+      if (any_floats_ && bfloat16_kernels_ == nullptr) {
+        kernels_.widen(x, x_.dtype, in_features(), to.values + row * to.stride, to.stride);
+      }
+      sum_groups(x, rows.count, row, to);
+    }
   }
 
   // The group sums of a token, for every projection.
@@ -188,22 +194,17 @@ class Call {
     }
   }
 
-  void multiply(const Rows& rows, const Activated& from) const {
-    const int64_t work = rows.count * in_features() * panels_ * panel_width;
-    const int team = useful_threads(work, multiply_grain, threads_);
-    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
-    const int64_t ranges = std::min(wanted, divide_up(rows.count, rows_per_task));
+  // One task: a panel times one of the `ranges` into which the rows of a block are cut.
+  void multiply(const Rows& rows, int64_t task, int64_t ranges, int team, const Activated& from) const {
     const int64_t range = divide_up(divide_up(rows.count, ranges), 6) * 6;
-    parallel_for(panels_ * ranges, team, [&](int64_t task) {
-      const int64_t first = task % ranges * range;
-      const Rows part{rows.first + first, std::min(range, rows.count - first)};
-      if (part.count <= 0) return;
-      const Place place = find_panel(task / ranges);
-      // Threads take the tasks in turns, roughly.
-      const int64_t next = (task + team) / ranges;
-      const uint8_t* next_codes = next > task / ranges && next < panels_ ? find_panel(next).codes() : nullptr;
-      multiply_panel(place, next_codes, part, first, from, rows.count);
-    });
+    const int64_t first = task % ranges * range;
+    const Rows part{rows.first + first, std::min(range, rows.count - first)};
+    if (part.count <= 0) return;
+    const Place place = find_panel(task / ranges);
+    // Threads take the tasks in turns, roughly.
+    const int64_t next = (task + team) / ranges;
+    const uint8_t* next_codes = next > task / ranges && next < panels_ ? find_panel(next).codes() : nullptr;
+    multiply_panel(place, next_codes, part, first, from, rows.count);
   }
 
   // A panel, and where the sums of its projection begin.

@@ -122,21 +122,39 @@ void finish(const Sums& sums, const float* scales, const Output& output) {
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
-// A tile, 16 output features by 4 input features, to bytes. Each 64-bit lane holds 8 codes: gather its `Bits` bytes,
-// then take byte j from bit Bits * j. Nibbles have a shorter way.
+// A tile, 16 output features by 4 input features, to bytes: each 64-bit lane gets the `Bits` bytes of its word, then
+// byte j is taken from bit Bits * j. Nibbles have a shorter way. Masked loads are slow, so whole registers are read, of
+// which one end is the tile: forwards in the first half of a panel, backwards in the second, always within the tile's
+// quad.
 template <int Bits>
 struct Unpacker {
+  static constexpr int tile_bytes = 8 * Bits;
+  static constexpr int loaded_bytes = Bits == 3 ? 32 : 64;
   __m512i bytes, shifts, mask;
+  int64_t start;  // of what is read, from the tile on
 
-  INLINE Unpacker() {
+  // For tiles from output feature `column` of the panel on, to the end of its half.
+  INLINE explicit Unpacker(int64_t column) {
+    const int before = column < panel_width / 2 ? 0 : loaded_bytes - tile_bytes;
+    start = -before;
     alignas(64) uint8_t from[64], at[64];
     for (int i = 0; i < 64; ++i) {
-      from[i] = static_cast<uint8_t>(i % 8 < Bits ? i / 8 * Bits + i % 8 : 0);
+      from[i] = static_cast<uint8_t>(before + (i % 8 < Bits ? i / 8 * Bits + i % 8 : 0));
       at[i] = static_cast<uint8_t>(i % 8 * Bits);
     }
     bytes = _mm512_load_si512(from);
     shifts = _mm512_load_si512(at);
     mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
+  }
+
+  INLINE __m512i lanes(const uint8_t* tile) const {
+    if constexpr (Bits == 1) return _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(tile)));
+    if constexpr (Bits == 2) return _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile)));
+    if constexpr (Bits == 3) {
+      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + start));
+      return _mm512_permutexvar_epi8(bytes, _mm512_castsi256_si512(words));
+    }
+    return _mm512_permutexvar_epi8(bytes, _mm512_loadu_si512(tile + start));
   }
 
   INLINE __m512i operator()(const uint8_t* tile) const {
@@ -147,9 +165,7 @@ struct Unpacker {
       constexpr int either_and_mask = 0xa8;
       return _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4), mask, either_and_mask);
     } else {
-      const __m512i words = _mm512_maskz_loadu_epi8((uint64_t{1} << 8 * Bits) - 1, tile);
-      const __m512i lanes = _mm512_permutexvar_epi8(bytes, words);
-      return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes), mask);
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, lanes(tile)), mask);
     }
   }
 };

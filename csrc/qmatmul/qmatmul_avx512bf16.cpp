@@ -45,7 +45,7 @@ INLINE __m512i pairs(__m512i even, __m512i odd) {
 // To [2 * quads, block_columns] pairs.
 template <int Bits>
 void unpack_block(const Panel& panel, const Block& block) {
-  const Unpacker<Bits> unpack;
+  const Unpacker<Bits> unpack(block.column);
   __m512i* to = static_cast<__m512i*>(block.weights);
   const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
   const int64_t first_group = block.first_quad / panel.group_quads;

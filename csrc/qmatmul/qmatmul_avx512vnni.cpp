@@ -121,7 +121,7 @@ constexpr int most_streamed_rows = 16;
 template <int Bits, int Rows>
 void stream(const Panel& panel, const Tokens& tokens, int64_t first_row, const Output& output) {
   constexpr int tiles = tiles_at_once(Rows);
-  const Unpacker<Bits> unpack;
+  const Unpacker<Bits> unpack[] = {Unpacker<Bits>(0), Unpacker<Bits>(panel_width / 2)};  // by halves
   const int8_t* codes = tokens.codes + first_row * tokens.stride;
   const int32_t* sums = tokens.sums + first_row * panel.groups;
   for (int64_t column = 0; column < output.columns; column += tiles * tile_width) {
@@ -139,7 +139,9 @@ void stream(const Panel& panel, const Tokens& tokens, int64_t first_row, const O
       }
       for (int64_t n = panel.quads_in(group); n > 0; --n) {
         __m512i weights[tiles];
-        UNROLL for (int t = 0; t < tiles; ++t) weights[t] = unpack(tile + t * 8 * Bits);
+        UNROLL for (int t = 0; t < tiles; ++t) {
+          weights[t] = unpack[(column + t * tile_width) / (panel_width / 2)](tile + t * 8 * Bits);
+        }
         UNROLL for (int r = 0; r < Rows; ++r) {
           const __m512i a = load_quad(quads + r * tokens.stride);
           UNROLL for (int t = 0; t < tiles; ++t) dot[r][t] = add_products(dot[r][t], weights[t], a);
@@ -191,7 +193,7 @@ INLINE Rest rest_of(const Panel& panel) {
 
 template <int Bits>
 void unpack_block(const Panel& panel, const Block& block) {
-  const Unpacker<Bits> unpack;
+  const Unpacker<Bits> unpack(block.column);
   const Rest rest = rest_of(panel);
   uint8_t* bytes = static_cast<uint8_t*>(block.weights);
   const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
@@ -317,7 +319,7 @@ void widen(const void* x, DType dtype, int64_t in_features, float* values, int64
 
 template <int Bits>
 void unpack_floats(const Panel& panel, const Block& block) {
-  const Unpacker<Bits> unpack;
+  const Unpacker<Bits> unpack(block.column);
   const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
   float* to = static_cast<float*>(block.weights);
   const int64_t end = block.first_quad + block.quads;

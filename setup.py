@@ -52,6 +52,11 @@ AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq"]
 AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": AVX512VNNI, "avx512bf16": AVX512BF16}
 
+# Sources by what their names begin with. Their float results have the same bits at every level: no multiplication
+# and addition in one rounding where a level has an instruction for it.
+EXACT_SOURCES = ("scalar_codes",)
+EXACT_FLAGS = ["-ffp-contract=off"]
+
 # The C++ halves of fastembed._cuda; its kernels are the *.cu files.
 CUDA_BINDINGS = "bindings_cuda.cpp"
 DEFAULT_CUDA_ARCHS = "80;90;100"
@@ -170,7 +175,8 @@ class BuildCore(build_ext):
     def compile(self, ninja_file: NinjaFile, directory: Path, source: Path) -> Path:
         output = directory / source.relative_to(CSRC).with_suffix(".o")
         level = isa_level(source)
-        ninja_file.build(output, "cxx", [source], isa=" ".join(ISA_FLAGS[level]) if level else "")
+        flags = [*(ISA_FLAGS[level] if level else []), *(EXACT_FLAGS if source.stem.startswith(EXACT_SOURCES) else [])]
+        ninja_file.build(output, "cxx", [source], isa=" ".join(flags))
         return output
 
 

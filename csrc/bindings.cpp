@@ -14,6 +14,7 @@ void bind_pooling(py::module_& m);
 void bind_qmatmul(py::module_& m);
 void bind_fde(py::module_& m);
 void bind_latent(py::module_& m);
+void bind_scalar_codes(py::module_& m);
 void bind_search(py::module_& m);
 
 PYBIND11_MODULE(_core, m) {
@@ -32,5 +33,6 @@ PYBIND11_MODULE(_core, m) {
   bind_qmatmul(m);
   bind_fde(m);
   bind_latent(m);
+  bind_scalar_codes(m);
   bind_search(m);
 }

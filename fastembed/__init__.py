@@ -9,6 +9,7 @@ from .index import BinaryIndex, IndexFileError, IVFBinaryIndex
 from .info import info
 from .ops.fde import FDEMatrices, fde_documents, fde_queries
 from .ops.relative import relative_representations
+from .ops.scalar_codes import ScalarCodes, ScalarQuantizer, scalar_topk
 from .ops.search import (
     SDCCodes,
     hamming_range,
@@ -30,6 +31,8 @@ __all__ = [
     "MultiExitEncoder",
     "QuantConfig",
     "SDCCodes",
+    "ScalarCodes",
+    "ScalarQuantizer",
     "SwapReport",
     "dense_exits",
     "fde_documents",
@@ -46,6 +49,7 @@ __all__ = [
     "relative_representations",
     "rescore",
     "save_quantized",
+    "scalar_topk",
     "sdc_encode",
     "sdc_topk",
     "swap",

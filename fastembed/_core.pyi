@@ -66,6 +66,38 @@ def hamming_range(
     radius: int,
     threads: int,
 ) -> RangeResult: ...
+def scalar_encode(
+    x: int,
+    dtype: int,
+    rows: int,
+    dim: int,
+    centroid: int,
+    signs: int,
+    bits: int,
+    method: int,
+    metric: int,
+    codes: int,
+    factors: int,
+    threads: int,
+) -> int: ...
+def scalar_topk(
+    queries: int,
+    query_factors: int,
+    query_rows: int,
+    query_stride: int,
+    query_bits: int,
+    codes: int,
+    factors: int,
+    code_rows: int,
+    code_stride: int,
+    bits: int,
+    dim: int,
+    selection: tuple[int, int, int, int],
+    k: int,
+    scores: int,
+    ids: int,
+    threads: int,
+) -> None: ...
 def sdc_encode(x: int, rows: int, dim: int, bits: int, codes: int, inverse_norms: int, threads: int) -> int: ...
 def sdc_topk(
     queries: int,

@@ -13,7 +13,7 @@ from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
 from .nn.mix import LayerMix
-from .ops._pooling_checks import check_modes
+from .ops._pooling_checks import check_modes, flat_mask
 from .ops.pooling import finish_pooled, pool_exits
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ class MultiExitEncoder(nn.Module):
         out_dtype: torch.dtype | None,
     ) -> Callable[[int, Tensor], None]:
         """What pools the hidden states of a layer into `pooled` where they are wanted."""
+        mask = None if mask is None else flat_mask(mask)
         dims: dict[int | tuple[int, ...], list[int]] = {}
         for layer, dim in wanted:
             dims.setdefault(layer, []).append(dim)

@@ -412,6 +412,15 @@ def test_encode_mixes_in_every_precision(pipeline) -> None:
     assert encoder.encode([], precision="int8")[MIXED].shape == (0, 32)
 
 
+def test_the_mask_as_attention_layers_take_it() -> None:
+    inputs = tiny_models.batch()
+    encoder = MultiExitEncoder(tiny_models.encoder(), [(1, 32), (2, 64)])
+    extended = {**inputs, "attention_mask": inputs["attention_mask"][:, None, None].bool()}
+    with torch.no_grad():
+        for exit, embedding in encoder(**inputs).items():
+            torch.testing.assert_close(encoder(**extended)[exit], embedding)
+
+
 def test_pools_only_the_selected_tokens(pipeline) -> None:
     inputs = tiny_models.batch()
     ids = inputs["input_ids"]

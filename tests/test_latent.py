@@ -222,7 +222,10 @@ def test_empty_rows_and_values_that_are_not_finite(direction: str, grad: bool) -
 def test_masks_of_any_dtype(mask_dtype: torch.dtype) -> None:
     module, _ = _nv_embed()
     x, mask = _batch()
-    assert torch.equal(module(x, mask.to(mask_dtype)), module(x, mask))
+    expected = module(x, mask)
+    assert torch.equal(module(x, mask.to(mask_dtype)), expected)
+    additive = torch.zeros(3, 1, 1, 9).masked_fill_(mask[:, None, None] == 0, torch.finfo(torch.float16).min)
+    assert torch.equal(module(x, additive), expected)
 
 
 @pytest.mark.parametrize(

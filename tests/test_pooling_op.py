@@ -50,6 +50,21 @@ def _flat(pooled: list[dict[int, Tensor]]) -> tuple[Tensor, ...]:
         (lambda: fastembed.pool_exits(HIDDEN, MASK * 0.5), ValueError, "attention_mask must hold only 0 and 1"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK * torch.nan), ValueError, "attention_mask must hold only 0 and 1"),
         (
+            lambda: fastembed.pool_exits(HIDDEN, MASK.float()[:, None, None]),
+            ValueError,
+            "attention_mask of floats .* -1e4",
+        ),
+        (
+            lambda: fastembed.pool_exits(HIDDEN, MASK[:, None, None] * 2),
+            ValueError,
+            "attention_mask must hold only 0 and",
+        ),
+        (
+            lambda: fastembed.pool_exits(HIDDEN, MASK[:, None]),
+            ValueError,
+            r"or \[B, 1, 1, T\] as in hidden_states, got shape \(3, 1, 5\)",
+        ),
+        (
             lambda: fastembed.pool_exits([PACKED], MASK, cu_seqlens=CU_SEQLENS),
             ValueError,
             r"attention_mask must be \[N\] = \[15\] with cu_seqlens",
@@ -259,3 +274,19 @@ def test_a_forced_backend_leaves_pooling_trainable() -> None:
     with fastembed.use_backend("cpu"):
         fastembed.pool_exits([hidden])[0][16].sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_as_attention_layers_take_them(padded: bool, compiled: bool) -> None:
+    mask = MASK if padded else torch.ones_like(MASK)
+    pool = fastembed.pool_exits
+    if compiled:
+        torch._dynamo.reset()
+        pool = torch.compile(pool, fullgraph=True, backend="aot_eager")
+    expected = fastembed.pool_exits(HIDDEN, mask)
+    extended = mask[:, None, None]
+    least = [torch.finfo(torch.float16).min, torch.finfo(torch.float32).min, -torch.inf, -1e4]
+    additive = [torch.zeros(extended.shape).masked_fill_(extended == 0, value) for value in least]
+    for form in (extended, extended.bool(), *additive, additive[0].bfloat16()):
+        torch.testing.assert_close(pool(HIDDEN, form), expected, rtol=0, atol=0)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import latent as ops
+from ..ops._pooling_checks import flat_mask
 from ..ops.qmatmul import whole_row
 from ..reference import latent as reference
 from .linear import QuantLinear
@@ -169,7 +170,8 @@ class LatentAttentionPooling(nn.Module):
         eps: of the LayerNorms.
 
     Shapes:
-        hidden_states: [B, T, D] in any floating dtype. attention_mask: [B, T], nonzero for the tokens to pool.
+        hidden_states: [B, T, D] in any floating dtype. attention_mask: [B, T], nonzero for the tokens to pool, or
+            [B, 1, 1, T] as `pool_exits` takes it.
         Returns: [B, D] in the dtype of hidden_states; [B, T, D] or [B, L, D] with "all", [B, L * D] with "flatten".
 
     A row whose mask is all zeros gives zeros. A NaN or infinite hidden state makes its own sequence NaN and no other;
@@ -358,6 +360,7 @@ class LatentAttentionPooling(nn.Module):
             raise TypeError(f"hidden_states must be floating point, got {hidden_states.dtype}")
         if attention_mask is None:
             return hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+        attention_mask = flat_mask(attention_mask)
         if attention_mask.shape != hidden_states.shape[:2]:
             expected, got = list(hidden_states.shape[:2]), list(attention_mask.shape)
             raise ValueError(f"attention_mask must have shape {expected}, as hidden_states, got {got}")

@@ -20,7 +20,7 @@ class MultiExitPooling(nn.Module):
 
     Shapes:
         hidden_states: a list of [B, T, D], or of packed [N, D] or [1, N, D] with `cu_seqlens`.
-        attention_mask: [B, T]. cu_seqlens: [B + 1]. ranges: [B, 2]. positions: [B, P].
+        attention_mask: [B, T], or [B, 1, 1, T]. cu_seqlens: [B + 1]. ranges: [B, 2]. positions: [B, P].
         Returns: one dict per exit, dim -> [B, dim].
     """
 

@@ -70,16 +70,48 @@ def _check_exit(hidden: Tensor, position: int, packed: bool) -> Tensor:
     return hidden
 
 
+# A token counts as left out of an additive mask from here down. The mildest fill in use is -1e4, of old BERT code.
+_LEFT_OUT = -1e4
+
+
+def flat_mask(attention_mask: Tensor) -> Tensor:
+    """A mask [B, 1, 1, T], as attention layers take it, as [B, T]; others as they are.
+
+    Whether a mask is additive is told by its shape and dtype, not by its values: an additive mask of a batch without
+    padding and a 0/1 mask of nothing but padding are both all zeros.
+
+    Raises:
+        ValueError: on the CPU, an additive mask that holds more than 0 and values of -1e4 or below.
+    """
+    if attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1):
+        return attention_mask
+    flat = attention_mask[:, 0, 0]
+    if not flat.is_floating_point():
+        return flat
+    valid = flat == 0
+    if (
+        flat.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not bool((valid | (flat <= _LEFT_OUT)).all())
+    ):
+        raise ValueError(
+            "attention_mask of floats [B, 1, 1, T] is additive and must hold only 0, for a token to pool, and -1e4 or "
+            "less, got other values; one of 0 and 1 must be bool, integer or [B, T]"
+        )
+    return valid
+
+
 def check_mask(hidden: Tensor, attention_mask: Tensor, packed: bool) -> Tensor:
     """The mask as [B, T], or as [N] when packed."""
     _check_companion("attention_mask", attention_mask, hidden)
     if attention_mask.dtype.is_complex:
         raise TypeError(f"attention_mask must be bool, integer or float, got {attention_mask.dtype}")
+    attention_mask = flat_mask(attention_mask)
     tokens = hidden.shape[:-1]
     if packed and attention_mask.shape == (1, *tokens):
         return attention_mask[0]
     if attention_mask.shape != tokens:
-        expected = f"[N] = {list(tokens)} with cu_seqlens" if packed else f"[B, T] = {list(tokens)}"
+        expected = f"[N] = {list(tokens)} with cu_seqlens" if packed else f"[B, T] = {list(tokens)}, or [B, 1, 1, T]"
         raise ValueError(
             f"attention_mask must be {expected} as in hidden_states, got shape {tuple(attention_mask.shape)}"
         )

@@ -43,7 +43,9 @@ def pool_exits(
             tensors are read in place as long as the last axis has stride 1.
         attention_mask: [B, T], or [N] of packed tokens, of any bool, integer or float dtype, 1 for a valid token and 0
             for one to leave out, which may stand anywhere: left, right or in between. None: every token is valid. What
-            a token that is left out holds never matters, NaN included.
+            a token that is left out holds never matters, NaN included. Also as attention layers take it, [B, 1, 1, T]:
+            bool or integer, 1 for a valid token; or float, which is additive: 0 for a valid token and -1e4 or less,
+            such as -inf or `torch.finfo(dtype).min`, for one to leave out.
         cu_seqlens: int32 or int64 [B + 1], the offsets of packed sequences: sequence b is the tokens cu_seqlens[b]
             up to cu_seqlens[b + 1].
         ranges: int32 or int64 [B, 2]. Only tokens start <= t < end of each sequence count, of those that are valid; t
@@ -69,7 +71,7 @@ def pool_exits(
     Raises:
         TypeError: a wrong dtype, or something that is no tensor.
         ValueError: shapes that do not match, an unknown mode, a dim outside 1..D, and on the CPU, where looking at
-            values costs nothing, a mask with values other than 0 and 1, offsets that do not rise from 0 to N, ranges
+            values costs nothing, a mask with values other than these, offsets that do not rise from 0 to N, ranges
             or positions outside their sequence.
 
     Sources: Matryoshka representations, arXiv 2205.13147; exits by layer and dim, arXiv 2402.14776 (2D Matryoshka) and

@@ -10,6 +10,8 @@ from ..ops import qmatmul
 from ..quantization.rtn import quantize_rtn
 from ..reference.qmatmul import PANEL, QUAD, pack_codes, to_panels
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -192,14 +194,14 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, plus `residual` [..., out_features] if there is one, added after the epilogue."""
-        x = _as_autocast(x)
-        if residual is not None:
-            residual = _as_autocast(residual)
-        _check_features(x, self.in_features)
+        if _is_any_autocast_enabled():
+            x = _as_autocast(x)
+            residual = None if residual is None else _as_autocast(residual)
         # nn.Module.__getattr__ would cost as much as a small layer.
         buffers = self._buffers
         if residual is None and qmatmul.runs_prepared(x, buffers["bias"]):
             return self._prepare()(x)
+        _check_features(x, self.in_features)
         return qmatmul.qlinear(
             x,
             buffers["codes"],  # type: ignore[arg-type]
@@ -219,22 +221,23 @@ class QuantLinear(nn.Module):
         buffers = self._buffers
         codes, scales, zeros, bias = buffers["codes"], buffers["scales"], buffers["zeros"], buffers["bias"]
         layer = self._layer
+        if layer is not None and layer.is_of(codes, scales, zeros, bias, self.epilogue, self.activations):
+            return layer
         assert codes is not None
         assert scales is not None
-        if layer is None or not layer.is_of(codes, scales, zeros, bias, self.epilogue, self.activations):
-            layer = self._layer = qmatmul.prepare(
-                codes,
-                scales,
-                zeros,
-                bias,
-                bits=self.bits,
-                group_size=self._features_per_group,
-                in_features=self.in_features,
-                out_features=self.out_features,
-                epilogue=self.epilogue,
-                activations=self.activations,
-            )
-        return layer
+        self._layer = qmatmul.prepare(
+            codes,
+            scales,
+            zeros,
+            bias,
+            bits=self.bits,
+            group_size=self._features_per_group,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            epilogue=self.epilogue,
+            activations=self.activations,
+        )
+        return self._layer
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_layer": None}  # addresses mean nothing to a copy
@@ -354,5 +357,5 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 
 def _check_features(x: Tensor, in_features: int) -> None:
-    if x.dim() and x.shape[-1] != in_features:
-        raise ValueError(f"x must have {in_features} features in its last dimension, got {list(x.shape)}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise qmatmul.wrong_features(x, in_features)

@@ -22,6 +22,7 @@ Implementation = Callable[..., Any]
 _NEVER_TENSORS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_grad_enabled = torch.is_grad_enabled
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
@@ -111,12 +112,12 @@ def is_plain_eager(tensors: Iterable[Any]) -> bool:
     """Whether an op on these tensors may skip the dispatcher: nothing is traced, recorded or transformed."""
     if _is_compiling() or _dispatch_modes() > 0 or _functorch_level() is not None:
         return False
-    grad_enabled = torch.is_grad_enabled()
+    grad_enabled = _is_grad_enabled()
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
             return False
-        if tensor.is_meta or (grad_enabled and tensor.requires_grad):
+        if (grad_enabled and tensor.requires_grad) or tensor.is_meta:
             return False
     return True
 

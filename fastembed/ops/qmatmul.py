@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import _native, backends
 from .._native import core
@@ -152,7 +152,7 @@ def _check(
     if x.dtype not in _DTYPE_CODES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
+        raise wrong_features(x, codes.shape[1] * reference.QUAD)
     if x.device != codes.device:
         raise ValueError(f"x must be on {codes.device}, where the weight is, got {x.device}")
     if codes.dim() == 3 and -(-x.shape[-1] // reference.QUAD) != codes.shape[1]:
@@ -217,42 +217,45 @@ class Layer:
 
     def is_of(
         self,
-        codes: Tensor,
-        scales: Tensor,
+        codes: Tensor | None,
+        scales: Tensor | None,
         zeros: Tensor | None,
         bias: Tensor | None,
         epilogue: str | None,
         activations: str,
     ) -> bool:
-        own = self._tensors
-        if codes is not own[0] or scales is not own[1] or zeros is not own[2] or bias is not own[3]:
-            return False
-        addresses = self._addresses
+        own_codes, own_scales, own_zeros, own_bias = self._tensors
+        codes_at, scales_at, zeros_at, bias_at = self._addresses
         return (
-            codes.data_ptr() == addresses[0]
-            and scales.data_ptr() == addresses[1]
-            and (zeros is None or zeros.data_ptr() == addresses[2])
-            and (bias is None or bias.data_ptr() == addresses[3])
+            codes is own_codes
+            and scales is own_scales
+            and zeros is own_zeros
+            and bias is own_bias
+            and own_codes.data_ptr() == codes_at
+            and own_scales.data_ptr() == scales_at
+            and (own_zeros is None or own_zeros.data_ptr() == zeros_at)
+            and (own_bias is None or own_bias.data_ptr() == bias_at)
             and epilogue == self._epilogue
             and activations == self._activations
             and self._is_lasting
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer on a checked x, and on a checked residual."""
+        """The layer on an x that `runs_prepared` has passed, and on a checked residual."""
         stride = self.in_features
+        shape = x.shape
+        if not shape or shape[-1] != stride:
+            raise wrong_features(x, stride)
         if stride > 0 and x.is_contiguous():
             rows, count = x, x.numel() // stride
         else:
             rows = _as_rows(x)
             count, stride = rows.shape[0], rows.stride(0)
-        y = x.new_empty(*x.shape[:-1], self.out_features)
+        y = x.new_empty(count, self.out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], self.out_features)
         if residual is not None:
             residual = residual.contiguous()
         address = 0 if residual is None else residual.data_ptr()
-        self.handle(
-            rows.data_ptr(), _DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), torch.get_num_threads()
-        )
+        self.handle(rows.data_ptr(), _DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), get_num_threads())
         return y
 
 
@@ -296,10 +299,16 @@ def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and x.dtype in _DTYPE_CODES
-        and x.dim() > 0
         and is_plain_eager((x,) if bias is None else (x, bias))
         and backends.requested_backend() in (None, "cpu")
     )
+
+
+def wrong_features(x: Tensor, in_features: int) -> ValueError:
+    """The error for an x that no layer of `in_features` takes."""
+    if x.dim() == 0:
+        return ValueError("x must have at least one dimension, got a scalar")
+    return ValueError(f"x must have {in_features} features in its last dimension, got {list(x.shape)}")
 
 
 def _address(tensor: Tensor | None) -> int:

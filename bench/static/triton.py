@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from fastembed.triton_kernels import pooling, qmatmul
+from fastembed.triton_kernels import latent, pooling, qmatmul
 
 from . import KernelResources
 
@@ -33,13 +33,13 @@ NOTED = re.compile(r"LDG|STG|LDGSTS|LDL|STL|ATOMG?|REDG?|[IHB]G?MMA|UTC\w*MMA")
 WIDTHS = ("128", "64", "U16", "U8", "S8")
 
 
-def rows(*families: str) -> list[KernelResources]:
-    """Every kernel (of these families, or of all) in its main variants, for every architecture."""
+def rows(*families: str, archs: Sequence[int] = ARCHS) -> list[KernelResources]:
+    """Every kernel (of these families, or of all) in its main variants, for every one of the architectures."""
     return [
         resources(family, variant, kernel, log)
         for family, variant, call in _calls()
         if not families or family in families
-        for arch in ARCHS
+        for arch in archs
         for kernel, log in compile_offline(call, arch)
     ]
 
@@ -50,6 +50,11 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
     for bits, rows in itertools.product((3, 8), (1, 512)):
         yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
+    for dtype in (torch.bfloat16, torch.float32):
+        variant = str(dtype).removeprefix("torch.")
+        yield "latent", f"folded, {variant}", lambda dtype=dtype: attend_folded(dtype)
+        yield "latent", f"heads of 4096, {variant}", lambda dtype=dtype: latent_attention(dtype, 2048, 512, 4096)
+        yield "latent", f"learned queries, {variant}", lambda dtype=dtype: latent_attention(dtype, 64, 2048, 64, True)
 
 
 def pool_exits(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[torch.Tensor]:
@@ -75,6 +80,28 @@ def qlinear(bits: int, rows: int, group_size: int = 64) -> torch.Tensor:
         zeros = scales.to(torch.uint8)
         bias = torch.empty(out_features, dtype=torch.bfloat16)
     return qmatmul.qlinear(x, codes, scales, zeros, bias, None, bits, group_size, out_features, "gelu")
+
+
+def attend_folded(dtype: torch.dtype) -> torch.Tensor:
+    """NV-Embed's folded attention for 2048 tokens, on meta tensors."""
+    heads, latents, dim, tokens = 8, 512, 4096, 2048
+    with torch.device("meta"):
+        normalized = torch.empty(tokens, dim, dtype=dtype)
+        weights = torch.empty(heads, latents, dim, dtype=dtype)
+        bias = torch.empty(heads, latents)
+    return latent.attend_folded(normalized, weights, bias, weights)
+
+
+def latent_attention(
+    dtype: torch.dtype, queries: int, keys: int, features: int, masked: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Attention of 8 heads and its gradients, on meta tensors."""
+    with torch.device("meta"):
+        query = torch.empty(1, 8, queries, features, dtype=dtype)
+        key = torch.empty(1, 8, keys, features, dtype=dtype)
+        keep = torch.empty(1, keys, dtype=torch.bool) if masked else None
+    out, lse = latent.attention(query, key, key, keep, 0.125)
+    return latent.attention_backward(out, query, key, key, keep, out, lse, 0.125)
 
 
 class _OfflineDriver:

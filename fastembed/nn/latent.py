@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import latent as ops
 from ..ops._pooling_checks import flat_mask
+from ..ops.latent_attention import latent_attention
 from ..ops.qmatmul import whole_row
 from ..reference import latent as reference
 from .linear import QuantLinear
@@ -80,10 +81,10 @@ class _Layer(nn.Module):
         return self.k_norm(self.split(self.to_k(context))), self.split(self.to_v(context))
 
     def attention(self, rows: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Attention of rows [..., S, D] to keys and values [..., H, M, d_h], with the residual: y."""
+        """Attention of rows [..., S, D] to keys and values [..., H, M, d_h], keep [B, M], with the residual: y."""
         projected = self.to_q(self.norm_q(rows))
         query = self.q_norm(self.split(projected))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=keep, scale=self.scale)
+        attended = latent_attention(query, keys, values, keep, scale=self.scale)
         return self.after_attention(attended.transpose(-3, -2).flatten(-2), rows, projected)
 
     def after_attention(self, attended: Tensor, rows: Tensor, projected: Tensor) -> Tensor:
@@ -498,7 +499,7 @@ class LatentAttentionPooling(nn.Module):
                     torch.cat([values, layer.split(layer.to_v(own))], dim=2),
                 )
                 kept = F.pad(keep, (0, latents.shape[1]), value=True)
-            latents = layer.feed_forward(layer.attention(latents, keys, values, kept[:, None, None]))
+            latents = layer.feed_forward(layer.attention(latents, keys, values, kept))
         return latents
 
     def _attend_folded(self, rows: Tensor, folded: _FoldedQueries) -> Tensor:

@@ -72,8 +72,12 @@ class Op:
         """Run the implementation that backend choice, device and dtype select."""
         return self._implementation_for(_tensors(args)[0])(*args)
 
+    def backend(self, first: torch.Tensor) -> str:
+        """The backend that a call whose first tensor is this one runs on."""
+        return self._choose(first.device.type, first.dtype)
+
     def _implementation_for(self, first: torch.Tensor) -> Implementation:
-        return self._implementations[self._choose(first.device.type, first.dtype)]
+        return self._implementations[self.backend(first)]
 
     def _choose(self, device: str, dtype: torch.dtype) -> str:
         forced = backends.forced_backend()

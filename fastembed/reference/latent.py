@@ -94,6 +94,47 @@ def from_panels(panels: Tensor, out_features: int, in_features: int, gated: bool
     return halves[:, : out_features // 2, :in_features].flatten(0, 1)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T) value over the kept keys; see `fastembed.ops.latent_attention.latent_attention`.
+
+    Returns the result [B, H, S, d_v] in the dtype of query, and the logarithm of the softmax's sum [B, H, S], float32
+    or better; infinity, and a result of zeros, without a key.
+    """
+    key, value, scores = _scores(query, key, value, keep, scale)
+    lse = scores.to(torch.promote_types(query.dtype, torch.float32)).logsumexp(dim=-1)
+    empty = lse == -math.inf
+    weights = scores.masked_fill(empty[..., None], 0).softmax(dim=-1)
+    return (weights @ value).masked_fill(empty[..., None], 0), lse.masked_fill(empty, math.inf)
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value from that of the result; `out` and `lse` are what `attention` returned."""
+    key, value, scores = _scores(query, key, value, keep, scale)
+    weights = (scores - lse[..., None]).exp().to(query.dtype)
+    slopes = weights * (grad @ value.mT - (grad * out).sum(dim=-1, keepdim=True))
+    gradients = scale * (slopes @ key), scale * (slopes.mT @ query), weights.mT @ grad
+    return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
+
+
+def _scores(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with zeros where they are not kept, and the scores, -inf there."""
+    if keep is None:
+        return key, value, scale * (query @ key.mT)
+    key, value = (torch.where(keep[:, None, :, None], x, 0) for x in (key, value))
+    return key, value, torch.where(keep[:, None, None], scale * (query @ key.mT), -math.inf)
+
+
 def latent_pool(
     x: Tensor,
     cu_seqlens: Tensor,

@@ -1,0 +1,487 @@
+"""Attention between tokens and latents in Triton, with heads of any width, forward and backward.
+
+A program holds ROWS queries against a block of COLUMNS keys: the block's scores are made over all features and stay in
+registers; the softmax goes from block to block by its running maximum and sum; and the weighted sums of the values are
+made a few features at a time, so that no width of head is too large. Where there is one block, as with the 512 latents
+of NV-Embed, each output is written once; where there are more, it waits for the next block in float32 memory.
+
+The backward makes the probabilities again from the logarithm of their sum. `query_gradient` has queries as rows and
+keys as columns, `key_value_gradients` the other way around, so both add up what they own and nothing is added
+atomically. The order of every sum depends on the shapes alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Said, because Triton's default for contracting a * b + c into one rounding changes between versions.
+COMPILER = {"enable_fp_fusion": True}
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: rows and columns of a block of scores, and features that are multiplied at a time."""
+
+    rows: int
+    columns: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 x 256 float32 scores are 64 registers of each of 256 threads. So are 32 x 512: all latents of a head at once, which
+# lets heads be added up. The backward holds two blocks of scores. float32 has no tensor-core product of its own
+# precision, and its operands need twice the room.
+FORWARD = Blocks(64, 256, 64, 8, 3)
+FORWARD_FLOAT32 = Blocks(32, 64, 16, 8, 2)
+FOLDED = Blocks(32, 512, 32, 8, 3)
+BACKWARD = Blocks(64, 128, 64, 8, 2)
+BACKWARD_FLOAT32 = Blocks(32, 64, 16, 8, 1)
+# Blocks that a launch should have, where dividing the heads can bring them.
+PROGRAMS_WANTED = 264
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The contract of `fastembed.reference.latent.attention`."""
+    batch, heads, queries, _ = query.shape
+    blocks = _blocks(FORWARD if query.element_size() == 2 else FORWARD_FLOAT32, queries, key.shape[2])
+    one_block = key.shape[2] <= blocks.columns
+    out = query.new_empty(batch, heads, queries, value.shape[3], dtype=query.dtype if one_block else torch.float32)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    _attend(query, key, value, None, keep, out, out.stride()[:3], lse, scale, 1, blocks)
+    return out.to(query.dtype), lse
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contract of `fastembed.reference.latent.attention_backward`."""
+    batch, heads, queries, features = query.shape
+    keys, value_features = value.shape[2:]
+    deltas = (grad.float() * out.float()).sum(dim=-1)
+    grad, query, key, value = map(_with_unit_stride, (grad, query, key, value))
+    config = BACKWARD if query.element_size() == 2 else BACKWARD_FLOAT32
+    gradients = []
+    for kernel, rows, columns, widths in (
+        (query_gradient, queries, keys, (features,)),
+        (key_value_gradients, keys, queries, (features, value_features)),
+    ):
+        blocks = _blocks(config, rows, columns)
+        dtype = query.dtype if columns <= blocks.columns else torch.float32
+        results = [query.new_zeros(batch, heads, rows, width, dtype=dtype) for width in widths]
+        if batch * heads * rows * columns > 0:
+            with torch.cuda.device_of(query):
+                kernel[triton.cdiv(rows, blocks.rows), heads, batch](
+                    query,
+                    key,
+                    value,
+                    grad,
+                    lse,
+                    deltas,
+                    keep,
+                    *results,
+                    queries,
+                    keys,
+                    features,
+                    value_features,
+                    *query.stride()[:3],
+                    *key.stride()[:3],
+                    *value.stride()[:3],
+                    *grad.stride()[:3],
+                    *_keep_strides(keep),
+                    scale,
+                    ROWS=blocks.rows,
+                    COLUMNS=blocks.columns,
+                    CHUNK=blocks.chunk,
+                    num_warps=blocks.num_warps,
+                    num_stages=blocks.num_stages,
+                    **COMPILER,
+                )
+        gradients += [result.to(query.dtype) for result in results]
+    return gradients[0], gradients[1], gradients[2]
+
+
+def attend_folded(normalized: Tensor, score_weight: Tensor, score_bias: Tensor, values: Tensor) -> Tensor:
+    """sum over h of softmax(normalized score_weight[h]^T + score_bias[h]) values[h], float32 [N, D].
+
+    normalized: [N, D]; score_weight and values: [H, L, D] in its dtype; score_bias: float32 [H, L].
+    """
+    heads, latents, _ = score_weight.shape
+    tokens, dim = len(normalized), values.shape[2]
+    blocks = _blocks(FOLDED if normalized.element_size() == 2 else FORWARD_FLOAT32, tokens, latents)
+    # A program may go through its heads one after the other where each is a single block.
+    wanted = triton.cdiv(PROGRAMS_WANTED, triton.cdiv(max(1, tokens), blocks.rows))
+    groups = min(wanted, heads) if latents <= blocks.columns else heads
+    heads_each = triton.cdiv(heads, groups)
+    groups = triton.cdiv(heads, heads_each)
+    sums = normalized.new_empty(groups, tokens, dim, dtype=torch.float32)
+    lse = normalized.new_empty(1, heads, tokens, dtype=torch.float32)
+    query = normalized.expand(1, heads, tokens, -1)
+    strides = (0, sums.stride(0), sums.stride(1))
+    _attend(query, score_weight[None], values[None], score_bias, None, sums, strides, lse, 1.0, heads_each, blocks)
+    return sums.sum(dim=0) if groups > 1 else sums[0]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    out: Tensor,
+    out_strides: tuple[int, ...],
+    lse: Tensor,
+    scale: float,
+    heads_each: int,
+    blocks: Blocks,
+) -> None:
+    batch, heads, queries, features = query.shape
+    keys, value_features = value.shape[2:]
+    if batch * heads * queries == 0 or keys == 0:
+        out.zero_()
+        lse.fill_(math.inf)
+        return
+    query, key, value = map(_with_unit_stride, (query, key, value))
+    with torch.cuda.device_of(query):
+        attend[triton.cdiv(queries, blocks.rows), triton.cdiv(heads, heads_each), batch](
+            query,
+            key,
+            value,
+            bias,
+            keep,
+            out,
+            lse,
+            heads,
+            heads_each,
+            queries,
+            keys,
+            features,
+            value_features,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *out_strides,
+            *_keep_strides(keep),
+            scale,
+            ROWS=blocks.rows,
+            COLUMNS=blocks.columns,
+            CHUNK=blocks.chunk,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            **COMPILER,
+        )
+
+
+def _blocks(config: Blocks, rows: int, columns: int) -> Blocks:
+    """The configuration, no larger than the problem."""
+    rows = min(config.rows, max(16, triton.next_power_of_2(rows)))
+    columns = min(config.columns, max(16, triton.next_power_of_2(columns)))
+    return config._replace(rows=rows, columns=columns, num_warps=config.num_warps if rows * columns >= 64 * 64 else 4)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _keep_strides(keep: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if keep is None else keep.stride()
+
+
+@triton.jit
+def attend(
+    query,
+    key,
+    value,
+    bias,
+    keep,
+    out,
+    lse,
+    heads,
+    heads_each,
+    queries,
+    keys,
+    features,
+    value_features,
+    query_batch_stride,
+    query_head_stride,
+    query_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_stride,
+    out_batch_stride,
+    out_group_stride,
+    out_stride,
+    keep_batch_stride,
+    keep_stride,
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """out = softmax(scale * query key^T + bias) value over the kept keys, added up over the `heads_each` heads of a
+    group, and lse, the logarithm of the softmax's sum (infinity without a key, whose output is zero).
+
+    query: [batch, heads, queries, features]; key: [.., keys, features]; value: [.., keys, value_features]; bias:
+    [heads, keys] or None; keep: [batch, keys] or None; out: [batch, groups, queries, value_features]. With more than
+    COLUMNS keys a group is one head, and out is float32.
+    Grid: (blocks of queries, groups of heads, batch).
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_inside = row < queries
+    target = out + batch * out_batch_stride + group * out_group_stride + row * out_stride
+    first_head = group * heads_each
+    for head in range(first_head, tl.minimum(first_head + heads_each, heads)):
+        source = query + batch * query_batch_stride + head * query_head_stride + row * query_stride
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for block in range(0, keys, COLUMNS):
+            column = block + tl.arange(0, COLUMNS).to(tl.int64)
+            kept = _kept(keep, batch * keep_batch_stride, keep_stride, column, keys)
+            keys_of = key + batch * key_batch_stride + head * key_head_stride + column * key_stride
+            scores = _products(source, row_inside, keys_of, kept, features, ROWS, COLUMNS, CHUNK) * scale
+            if bias is not None:
+                scores += tl.load(bias + head * keys + column, mask=kept, other=0.0)[None, :]
+            scores = tl.where(kept[None, :], scores, float("-inf"))
+            newest = tl.maximum(largest, tl.max(scores, axis=1))
+            origin = tl.where(newest == float("-inf"), 0.0, newest)
+            weights = tl.exp(scores - origin[:, None])
+            shrunk = tl.exp(largest - origin)
+            total = total * shrunk + tl.sum(weights, axis=1)
+            largest = newest
+            # The last block divides by the sum; what other heads left is whole already.
+            factor = tl.where(block + COLUMNS < keys, 1.0, tl.where(total == 0, 0.0, 1.0 / total))
+            carried = tl.where(block > 0, shrunk * factor, 1.0)
+            values = value + batch * value_batch_stride + head * value_head_stride + column * value_stride
+            tl.debug_barrier()  # what is added to may have been written by other threads
+            _add_weighted(
+                weights.to(value.dtype.element_ty),
+                values,
+                kept,
+                target,
+                row_inside,
+                value_features,
+                factor,
+                carried,
+                (block == 0) & (head == first_head),
+                CHUNK,
+            )
+        logarithm = tl.where(total == 0, float("inf"), largest + tl.log(total))
+        tl.store(lse + (batch * heads + head) * queries + row, logarithm, mask=row_inside)
+
+
+@triton.jit
+def query_gradient(
+    query,
+    key,
+    value,
+    grad,
+    lse,
+    deltas,
+    keep,
+    query_grad,
+    queries,
+    keys,
+    features,
+    value_features,
+    query_batch_stride,
+    query_head_stride,
+    query_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_stride,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_stride,
+    keep_batch_stride,
+    keep_stride,
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """query_grad = scale * dS key, dS = P (grad value^T - deltas), P = exp(scale * query key^T - lse).
+
+    deltas: float32 [batch, heads, queries], the sums of grad * out; query_grad: contiguous, float32 where there are
+    more than COLUMNS keys. Others as in `attend`. Grid: (blocks of queries, heads, batch).
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < queries
+    of_head = (batch * tl.num_programs(1) + head) * queries + row
+    logarithm = tl.load(lse + of_head, mask=inside, other=float("inf"))
+    delta = tl.load(deltas + of_head, mask=inside, other=0.0)
+    query_rows = query + batch * query_batch_stride + head * query_head_stride + row * query_stride
+    grad_rows = grad + batch * grad_batch_stride + head * grad_head_stride + row * grad_stride
+    factor = tl.full((ROWS,), scale, tl.float32)
+    carried = tl.full((ROWS,), 1.0, tl.float32)
+    for block in range(0, keys, COLUMNS):
+        column = block + tl.arange(0, COLUMNS).to(tl.int64)
+        kept = _kept(keep, batch * keep_batch_stride, keep_stride, column, keys)
+        key_rows = key + batch * key_batch_stride + head * key_head_stride + column * key_stride
+        value_rows = value + batch * value_batch_stride + head * value_head_stride + column * value_stride
+        scores = _products(query_rows, inside, key_rows, kept, features, ROWS, COLUMNS, CHUNK) * scale
+        weights = tl.where(kept[None, :], tl.exp(scores - logarithm[:, None]), 0.0)
+        slopes = _products(grad_rows, inside, value_rows, kept, value_features, ROWS, COLUMNS, CHUNK)
+        slopes = weights * (slopes - delta[:, None])
+        tl.debug_barrier()
+        _add_weighted(
+            slopes.to(key.dtype.element_ty),
+            key_rows,
+            kept,
+            query_grad + of_head * features,
+            inside,
+            features,
+            factor,
+            carried,
+            block == 0,
+            CHUNK,
+        )
+
+
+@triton.jit
+def key_value_gradients(
+    query,
+    key,
+    value,
+    grad,
+    lse,
+    deltas,
+    keep,
+    key_grad,
+    value_grad,
+    queries,
+    keys,
+    features,
+    value_features,
+    query_batch_stride,
+    query_head_stride,
+    query_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_stride,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_stride,
+    keep_batch_stride,
+    keep_stride,
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """value_grad = P^T grad and key_grad = scale * dS^T query, with P and dS as in `query_gradient`, transposed here:
+    rows are keys. A key that is not kept has zeros. Grid: (blocks of keys, heads, batch).
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < keys
+    kept = _kept(keep, batch * keep_batch_stride, keep_stride, row, keys)
+    key_rows = key + batch * key_batch_stride + head * key_head_stride + row * key_stride
+    value_rows = value + batch * value_batch_stride + head * value_head_stride + row * value_stride
+    of_head = (batch * tl.num_programs(1) + head) * keys + row
+    factor = tl.full((ROWS,), scale, tl.float32)
+    one = tl.full((ROWS,), 1.0, tl.float32)
+    for block in range(0, queries, COLUMNS):
+        column = block + tl.arange(0, COLUMNS).to(tl.int64)
+        wanted = column < queries
+        query_rows = query + batch * query_batch_stride + head * query_head_stride + column * query_stride
+        grad_rows = grad + batch * grad_batch_stride + head * grad_head_stride + column * grad_stride
+        of_query = (batch * tl.num_programs(1) + head) * queries + column
+        logarithm = tl.load(lse + of_query, mask=wanted, other=float("inf"))
+        delta = tl.load(deltas + of_query, mask=wanted, other=0.0)
+        scores = _products(key_rows, kept, query_rows, wanted, features, ROWS, COLUMNS, CHUNK) * scale
+        weights = tl.where(kept[:, None], tl.exp(scores - logarithm[None, :]), 0.0)
+        slopes = _products(value_rows, kept, grad_rows, wanted, value_features, ROWS, COLUMNS, CHUNK)
+        slopes = tl.where(kept[:, None], weights * (slopes - delta[None, :]), 0.0)
+        tl.debug_barrier()
+        _add_weighted(
+            weights.to(grad.dtype.element_ty),
+            grad_rows,
+            wanted,
+            value_grad + of_head * value_features,
+            inside,
+            value_features,
+            one,
+            one,
+            block == 0,
+            CHUNK,
+        )
+        _add_weighted(
+            slopes.to(query.dtype.element_ty),
+            query_rows,
+            wanted,
+            key_grad + of_head * features,
+            inside,
+            features,
+            factor,
+            one,
+            block == 0,
+            CHUNK,
+        )
+
+
+@triton.jit
+def _kept(keep, offset, stride, column, keys):
+    kept = column < keys
+    if keep is not None:
+        kept &= tl.load(keep + offset + column * stride, mask=kept, other=0) != 0
+    return kept
+
+
+@triton.jit
+def _products(
+    rows, row_inside, columns, column_inside, features, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Each row by each column: float32 [ROWS, COLUMNS]. rows, columns: pointers to their first features."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, features, CHUNK):
+        feature = first + tl.arange(0, CHUNK)
+        within = feature < features
+        left = tl.load(rows[:, None] + feature[None, :], mask=row_inside[:, None] & within[None, :], other=0.0)
+        right = tl.load(columns[None, :] + feature[:, None], mask=column_inside[None, :] & within[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _add_weighted(
+    weights, columns, column_inside, out, row_inside, features, factor, carried, is_first, CHUNK: tl.constexpr
+):
+    """out = weights columns * factor + out * carried, without the last term if is_first.
+
+    weights: [ROWS, COLUMNS]; columns: pointers to the first of `features` values; out: pointers to where those of each
+    row go; factor, carried: [ROWS].
+    """
+    for first in range(0, features, CHUNK):
+        feature = first + tl.arange(0, CHUNK)
+        within = feature < features
+        right = tl.load(columns[:, None] + feature[None, :], mask=column_inside[:, None] & within[None, :], other=0.0)
+        added = tl.dot(weights, right, input_precision="ieee") * factor[:, None]
+        spot = out[:, None] + feature[None, :]
+        wanted = row_inside[:, None] & within[None, :]
+        before = tl.load(spot, mask=wanted & (is_first == 0), other=0.0).to(tl.float32)
+        added += before * carried[:, None]
+        tl.store(spot, added.to(out.dtype.element_ty), mask=wanted)

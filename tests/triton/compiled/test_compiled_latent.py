@@ -5,7 +5,6 @@ import pytest
 from bench.static import KernelResources
 from bench.static.triton import rows
 
-
 INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 

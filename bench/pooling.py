@@ -25,6 +25,7 @@ BMM = "PyTorch bmm"
 COMPILED = "torch.compile"
 FILL = "PyTorch fill"
 READ = "reading alone"
+BY_MODE = "mode by mode"
 # Bytes; hidden states that may stay in a cache between calls owe the memory nothing.
 LARGEST_CACHE = 1 << 26
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -45,6 +46,9 @@ def cases() -> Iterator[Case]:
     others: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(READ, 0.9)]
     yield Case("max, 6 exits, 32 x 256 x 768", _pooling("max", 6, 32, 256, 768, goals=others))
     yield Case("weightedmean, 6 exits, 32 x 256 x 768", _pooling("weightedmean", 6, 32, 256, 768, goals=others))
+    modes = ["cls", "mean", "max"]
+    several: list[Faster | OfLimit] = [*others, Faster(BY_MODE, 1.3)]
+    yield Case("cls, mean and max, 6 exits, 32 x 256 x 768", _pooling(modes, 6, 32, 256, 768, goals=several))
     tiny: list[Faster | OfLimit] = [Faster(PEER, 1.0), Faster(BMM, 1.0)]
     yield Case("mean, 1 exit, 1 x 8 x 384", _pooling("mean", 1, 1, 8, 384, dims=1, goals=tiny))
     for mode in ("mean", "max"):
@@ -52,7 +56,7 @@ def cases() -> Iterator[Case]:
 
 
 def _pooling(
-    mode: str,
+    mode: str | list[str],
     exits: int,
     batch: int,
     length: int,
@@ -68,26 +72,29 @@ def _pooling(
 
     def setup(context: Context) -> Workload:
         hidden_states, mask = _inputs(context, exits, batch, length, size, valid, dtype)
-        prefixes = [(first_dim or size) >> i for i in range(dims)]
+        whole = (first_dim or size) * (1 if isinstance(mode, str) else len(mode))
+        prefixes = [whole >> i for i in range(dims)]
 
         providers: dict[str, Callable[[], Pooled]] = {
             OURS: lambda: fastembed.pool_exits(hidden_states, mask, mode=mode, dims=prefixes)
         }
         if st_models is not None:
             providers[PEER] = _sentence_transformers(hidden_states, mask, mode, prefixes)
+        if not isinstance(mode, str):
+            providers[BY_MODE] = lambda: _mode_by_mode(hidden_states, mask, mode, prefixes)
         if mode == "mean":
             providers[BMM] = lambda: _bmm(hidden_states, mask, prefixes)
             if not context.quick and Faster(COMPILED, 1.3) in goals:  # half a minute of compilation
                 compiled = torch.compile(_masked_mean, dynamic=False)
                 providers[COMPILED] = lambda: compiled(hidden_states, mask, prefixes)
 
-        if context.device == "cpu" and prefixes[0] == size:
+        if context.device == "cpu" and first_dim is None:
             lengths = mask.sum(dim=1).tolist()
             pieces = [row[:length] for hidden in hidden_states for row, length in zip(hidden, lengths, strict=True)]
             providers[READ] = limits.reader(pieces, context.threads)
 
         expected = [_oracle(hidden, mask, mode, prefixes) for hidden in hidden_states]
-        read = int(mask.sum()) * prefixes[0] * exits * hidden_states[0].element_size()
+        read = int(mask.sum()) * (first_dim or size) * exits * hidden_states[0].element_size()
         return Workload(
             providers=providers,
             verify=lambda name, result: 0.0 if name == READ else _largest_error(result, expected),
@@ -162,11 +169,18 @@ def _inputs(
     return hidden_states, (torch.arange(tokens, device=context.device) < lengths[:, None]).long()
 
 
+def _mode_by_mode(hidden_states: list[Tensor], mask: Tensor, modes: list[str], dims: list[int]) -> Pooled:
+    """Ours, reading the hidden states once for each mode."""
+    parts = [fastembed.pool_exits(hidden_states, mask, mode=mode, normalize=False) for mode in modes]
+    wholes = [torch.cat([next(iter(vectors.values())) for vectors in exit], dim=1) for exit in zip(*parts, strict=True)]
+    return [{dim: normalize(vectors[:, :dim], dim=1) for dim in dims} for vectors in wholes]
+
+
 def _sentence_transformers(
-    hidden_states: list[Tensor], mask: Tensor, mode: str, dims: list[int]
+    hidden_states: list[Tensor], mask: Tensor, mode: str | list[str], dims: list[int]
 ) -> Callable[[], Pooled]:
     """Its modules as they are used: one forward of Pooling and of Normalize for every exit and dim."""
-    pooling = st_models.Pooling(hidden_states[0].shape[-1], pooling_mode=mode)  # type: ignore[union-attr]
+    pooling = st_models.Pooling(hidden_states[0].shape[-1], pooling_mode=mode if isinstance(mode, str) else tuple(mode))  # type: ignore[union-attr]
     to_unit = st_models.Normalize()  # type: ignore[union-attr]
 
     def embed(hidden: Tensor, dim: int) -> Tensor:
@@ -190,7 +204,7 @@ def _masked_mean(hidden_states: list[Tensor], mask: Tensor, dims: list[int]) -> 
     return [{dim: normalize(vectors[:, :dim], dim=1) for dim in dims} for vectors in pooled]
 
 
-def _oracle(hidden: Tensor, mask: Tensor, mode: str, dims: list[int]) -> dict[int, Tensor]:
+def _oracle(hidden: Tensor, mask: Tensor, mode: str | list[str], dims: list[int]) -> dict[int, Tensor]:
     with fastembed.use_backend("reference"):
         return fastembed.pool_exits([hidden.double()], mask, mode=mode, dims=dims)[0]
 

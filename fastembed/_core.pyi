@@ -20,6 +20,19 @@ def pool_exits(
     states: Sequence[tuple[int, int]],
     threads: int,
 ) -> None: ...
+def pool_modes(
+    exits: Sequence[tuple[int, int, int, Sequence[tuple[int, int]]]],
+    sequences: int,
+    tokens: int,
+    mask: tuple[int, int, int, int, int, int] | None,
+    cu_seqlens: tuple[int, int, bool] | None,
+    modes: Sequence[int],
+    dtype: int,
+    out_type: int,
+    normalize: bool,
+    sizes: Sequence[int],
+    threads: int,
+) -> None: ...
 def pool_exits_backward(
     exits: Sequence[tuple[int, int, tuple[int, int], Sequence[tuple[int, int]]]],
     sequences: int,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
 import fastembed
-from fastembed.ops.pooling import MODES
+from fastembed.ops.pooling import MODES, finish_pooled
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
@@ -223,6 +223,24 @@ def test_ranges_and_positions_are_masks(isa: str, call: Call, data: st.DataObjec
         ours = fastembed.pool_exits(call.hidden_states, **call.options, **selection)
         masked = fastembed.pool_exits(call.hidden_states, **{**call.options, "attention_mask": valid & of_tokens})
         torch.testing.assert_close(ours, masked, rtol=0, atol=0, equal_nan=True)
+
+
+@given(call=_calls(), modes=st.lists(st.sampled_from(MODES), min_size=1, max_size=4), data=st.data())
+def test_several_modes_are_each_as_by_itself(isa: str, call: Call, modes: list[str], data: st.DataObject) -> None:
+    """Side by side, bit for bit, and then cut and normalised as one vector."""
+    alone = {"normalize": False, "dims": None, "out_dtype": torch.float32}
+    parts = []
+    for mode in modes:
+        call.options |= {**alone, "mode": mode}
+        parts.append(_flat(call.ours()))
+    whole = [torch.cat(of_exit, dim=1) for of_exit in zip(*parts, strict=True)]
+    call.options |= {"mode": modes}
+    torch.testing.assert_close(_flat(call.ours()), whole, rtol=0, atol=0)
+    dims = [data.draw(st.lists(st.integers(1, vectors.shape[1]), min_size=1, max_size=3)) for vectors in whole]
+    out_dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.uint8]))
+    call.options |= {"dims": dims, "normalize": True, "out_dtype": out_dtype}
+    expected = finish_pooled(whole, dims, True, out_dtype)
+    torch.testing.assert_close(_flat(call.ours()), _flat(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("modes", [["mean", "max"], ["cls"], ["weightedmean", "lasttoken", "mean_sqrt_len"]])

@@ -144,6 +144,27 @@ def test_opcheck(mode: str, requires_grad: bool, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_several_modes(packed: bool) -> None:
+    hidden, mask, cu_seqlens, _, dims, dims_per_exit, normalize, *_ = _arguments("mean", True, False, packed)
+    arguments = (hidden, mask, cu_seqlens, ["max", "mean", "cls"], dims, dims_per_exit, normalize, torch.float32)
+    torch.library.opcheck(torch.ops.fastembed.pool_modes.default, arguments)
+
+
+def test_several_modes_with_gradients() -> None:
+    modes = ["max", "mean_sqrt_len", "mean"]
+    hidden = [tensor.clone().requires_grad_() for tensor in HIDDEN]
+    options = {"mode": modes, "dims": [10, 5]}
+    pooled = fastembed.pool_exits(hidden, MASK, **options)
+    torch.testing.assert_close(pooled, fastembed.pool_exits(HIDDEN, MASK, **options))
+    sum(tensor.sum() for tensor in _flat(pooled)).backward()
+    with fastembed.use_backend("reference"):
+        again = [tensor.clone().requires_grad_() for tensor in HIDDEN]
+        sum(tensor.sum() for tensor in _flat(fastembed.pool_exits(again, MASK, **options))).backward()
+    for ours, reference in zip(hidden, again, strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_opcheck_backward(mode: str, packed: bool) -> None:
     hidden, mask, cu_seqlens, mode, dims, dims_per_exit, normalize, *_ = _arguments(mode, True, False, packed)

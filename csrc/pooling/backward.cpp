@@ -7,6 +7,7 @@
 #include "pooling/active_kernels.hpp"
 #include "pooling/pooling.hpp"
 #include "pooling/token_plan.hpp"
+#include "pooling/work.hpp"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -33,8 +34,6 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t columns_of(const ExitGradient& exit) { return exit.prefixes.back().dim; }
 

@@ -27,6 +27,13 @@ struct Prefix {
   void* data;
 };
 
+// Where the sums of one pass over the tokens go, none of them divided; null where not wanted.
+struct Several {
+  float* sum;
+  float* weighted_sum;
+  float* max;
+};
+
 // What prefixes are written as. The first three are DType's.
 enum class OutputType : int { f32 = 0, bf16, f16, i8, bits };
 
@@ -39,6 +46,11 @@ struct Kernels {
   Reduce sum[3];           // sum of the tokens, divided
   Reduce weighted_sum[3];  // weights 1, 2, 3, ... by distance from the first token, divided
   Reduce max[3];           // largest per column, NaN if any is NaN; not divided
+
+  // All that is wanted of the three from one reading of the tokens, with the very bits of each, undivided.
+  using ReduceSeveral = void (*)(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns,
+                                 const Several& wanted);
+  ReduceSeveral several[3];
 
   // The largest per column as above, and which token it is of (its index): the first, if several are as large.
   using MaxAndWinner = void (*)(const Tokens& tokens, int64_t first, int64_t columns, float* pooled, int32_t* winner);

@@ -110,11 +110,12 @@ template <class T>
 struct Group {
   const T* const* at;
   const int64_t* index;
-  const T* const* soon;
+  const T* const* soon;  // null where someone else asks
 
   // Asks for `vectors` vectors of token k.
   template <int vectors>
   inline __attribute__((always_inline)) void prefetch(int64_t k, int64_t column) const {
+    if (soon == nullptr) return;
     constexpr int64_t line = 64 / sizeof(T);
     for (int64_t c = 0; c < vectors * Vec::width; c += line) __builtin_prefetch(soon[k] + column + c, 0, 2);
   }
@@ -190,7 +191,7 @@ template <class T, class Weighting>
 struct AddGroup {
   const Group<T>& members;
   const int64_t size;
-  const float (&weights)[group];
+  float weights[group];
   float* const sums;
   float* const errors;
 
@@ -220,23 +221,43 @@ struct AddGroup {
 
 // Sums whose accuracy does not depend on the number of tokens.
 template <class T, class Weighting>
+class Sums {
+ public:
+  Sums(const Tokens& tokens, int64_t columns, float* sums)
+      : first_token_(tokens.index[0]), columns_(columns), sums_(sums) {
+    fill(sums_, columns, 0.f);
+    fill(errors_, columns, 0.f);
+  }
+
+  inline __attribute__((always_inline)) AddGroup<T, Weighting> adding(const Group<T>& members, int64_t size) {
+    AddGroup<T, Weighting> step = {members, size, {}, sums_, errors_};
+    for (int64_t k = 0; k < size; ++k) step.weights[k] = static_cast<float>(members.index[k] - first_token_ + 1);
+    return step;
+  }
+
+  void finish(float divisor) const {
+    const Vec by = broadcast(divisor);
+    for_columns(columns_, [&](int64_t c, int64_t lanes) {
+      // An infinite or NaN sum has no meaningful error.
+      const Vec sum = add(load_lanes(sums_ + c, lanes), zero_if_nan(load_lanes(errors_ + c, lanes)));
+      store_lanes(sums_ + c, div(sum, by), lanes);
+    });
+  }
+
+ private:
+  const int64_t first_token_;
+  const int64_t columns_;
+  float* const sums_;
+  alignas(64) float errors_[max_columns];
+};
+
+template <class T, class Weighting>
 void sum_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, float divisor,
                 float* pooled) {
-  float* const sums = pooled;
-  alignas(64) float errors[max_columns];
-  fill(sums, columns, 0.f);
-  fill(errors, columns, 0.f);
-  for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t size) {
-    float weights[group] = {};
-    for (int64_t k = 0; k < size; ++k) weights[k] = static_cast<float>(members.index[k] - tokens.index[0] + 1);
-    for_many_columns(columns, AddGroup<T, Weighting>{members, size, weights, sums, errors});
-  });
-  const Vec by = broadcast(divisor);
-  for_columns(columns, [&](int64_t c, int64_t lanes) {
-    // An infinite or NaN sum has no meaningful error.
-    const Vec sum = add(load_lanes(sums + c, lanes), zero_if_nan(load_lanes(errors + c, lanes)));
-    store_lanes(pooled + c, div(sum, by), lanes);
-  });
+  Sums<T, Weighting> sums(tokens, columns, pooled);
+  for_groups<T>(tokens, next, first, columns,
+                [&](const Group<T>& members, int64_t size) { for_many_columns(columns, sums.adding(members, size)); });
+  sums.finish(divisor);
 }
 
 template <class T>
@@ -266,6 +287,37 @@ void max_tokens(const Tokens& tokens, const Tokens& next, int64_t first, int64_t
   for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t size) {
     for_many_columns(columns, MaxGroup<T>{members, size, pooled});
   });
+}
+
+// What is wanted of a few columns of a group, one after the other while they are in the first-level cache.
+template <class T>
+struct SeveralOfGroup {
+  const AddGroup<T, Plain> sum;
+  const AddGroup<T, Weighted> weighted_sum;
+  const MaxGroup<T> max;
+
+  template <int vectors>
+  inline __attribute__((always_inline)) void run(int64_t c, int64_t lanes) const {
+    if (sum.sums != nullptr) sum.template run<vectors>(c, lanes);
+    if (weighted_sum.sums != nullptr) weighted_sum.template run<vectors>(c, lanes);
+    if (max.pooled != nullptr) max.template run<vectors>(c, lanes);
+  }
+};
+
+template <class T>
+void reduce_several(const Tokens& tokens, const Tokens& next, int64_t first, int64_t columns, const Several& wanted) {
+  Sums<T, Plain> sums(tokens, wanted.sum == nullptr ? 0 : columns, wanted.sum);
+  Sums<T, Weighted> weighted_sums(tokens, wanted.weighted_sum == nullptr ? 0 : columns, wanted.weighted_sum);
+  fill(wanted.max, wanted.max == nullptr ? 0 : columns, -__builtin_inff());
+  for_groups<T>(tokens, next, first, columns, [&](const Group<T>& members, int64_t size) {
+    const Group<T> again = {members.at, members.index, nullptr};
+    const bool sum = wanted.sum != nullptr, weighted = wanted.weighted_sum != nullptr;
+    for_many_columns(columns,
+                     SeveralOfGroup<T>{sums.adding(members, size), weighted_sums.adding(sum ? again : members, size),
+                                       MaxGroup<T>{sum || weighted ? again : members, size, wanted.max}});
+  });
+  sums.finish(1.f);
+  weighted_sums.finish(1.f);
 }
 
 // Groups are not in the order of the tokens: of equally large values an earlier one replaces a later.
@@ -459,6 +511,7 @@ constexpr Kernels table = {
     {sum_tokens<f32, Plain>, sum_tokens<bf16, Plain>, sum_tokens<f16, Plain>},
     {sum_tokens<f32, Weighted>, sum_tokens<bf16, Weighted>, sum_tokens<f16, Weighted>},
     {max_tokens<f32>, max_tokens<bf16>, max_tokens<f16>},
+    {reduce_several<f32>, reduce_several<bf16>, reduce_several<f16>},
     {max_and_winner_tokens<f32>, max_and_winner_tokens<bf16>, max_and_winner_tokens<f16>},
     {write_prefixes<f32>, write_prefixes<bf16>, write_prefixes<f16>, write_i8, write_bits},
     {backward_of_prefixes<f32>, backward_of_prefixes<bf16>, backward_of_prefixes<f16>},

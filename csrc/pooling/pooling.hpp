@@ -46,6 +46,12 @@ struct Exit {
   std::vector<Prefix> prefixes;
 };
 
+// Several modes of which the vectors stand side by side, each as long as an exit has columns.
+struct SeveralModes {
+  std::vector<Mode> modes;
+  std::vector<int64_t> sizes;  // columns of each exit
+};
+
 // What the backward needs of an exit, of the columns of its largest prefix, contiguous.
 struct State {
   float* pooled;    // [sequences, columns], before normalisation
@@ -55,6 +61,11 @@ struct State {
 // Fills every prefix, and the states unless there are none. Throws as TokenPlan does, before anything is read or
 // written.
 void pool_exits(std::vector<Exit> exits, const std::vector<State>& states, const Batch& batch, Mode mode, DType dtype,
+                OutputType out_type, bool normalize, int threads);
+
+// As above for several modes. Prefixes are of the vectors side by side. The modes that read every token share one
+// reading; each has the very bits that it has by itself.
+void pool_modes(std::vector<Exit> exits, const SeveralModes& several, const Batch& batch, DType dtype,
                 OutputType out_type, bool normalize, int threads);
 
 // The gradient of an exit's hidden state, [sequences, tokens, size] or packed [tokens, size], contiguous, to be filled

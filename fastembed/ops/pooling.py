@@ -124,10 +124,21 @@ def _concatenated(
     normalize: bool,
     out_dtype: torch.dtype,
 ) -> list[dict[int, Tensor]]:
-    """Several modes side by side, as sentence-transformers' Pooling does it."""
-    checks.check_modes(modes)
+    """Several modes side by side, as sentence-transformers' Pooling does it; where gradients are wanted one by one."""
+    modes = checks.check_modes(modes)
     sizes = [len(modes) * hidden.shape[-1] for hidden in exits]
     exit_dims = checks.check_dims(dims, sizes)
+    if out_dtype in checks.CODES:
+        exits = [hidden.detach() for hidden in exits]
+    if not (torch.is_grad_enabled() and any(hidden.requires_grad for hidden in exits)):
+        flat_dims = [dim for dims_of_exit in exit_dims for dim in dims_of_exit]
+        dims_per_exit = [len(dims_of_exit) for dims_of_exit in exit_dims]
+        remaining = iter(
+            _pool_modes(
+                exits, attention_mask, cu_seqlens, list(modes), flat_dims, dims_per_exit, bool(normalize), out_dtype
+            )
+        )
+        return [{dim: next(remaining) for dim in dims_of_exit} for dims_of_exit in exit_dims]
     accumulated = torch.promote_types(exits[0].dtype, torch.float32)
     parts = [
         pool_exits(exits, attention_mask, cu_seqlens=cu_seqlens, mode=mode, normalize=False, out_dtype=accumulated)
@@ -241,6 +252,63 @@ def _pool_exits_cpu(
     winners = [hidden_states[0].new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
     core.pool_exits(*call.arguments, _states(pooled, winners), num_threads())
     return [*call.outputs, *pooled, *winners]
+
+
+def _pool_modes_cpu(
+    hidden_states: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    modes: list[str],
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    nested = _by_exit(dims, dims_per_exit)
+    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, modes[0], nested, normalize, out_dtype)
+    exits, sequences, tokens, mask, offsets, _, dtype, out_type, normalize = call.arguments
+    codes, sizes = [_MODE_CODES[mode] for mode in modes], [hidden.shape[-1] for hidden in hidden_states]
+    core.pool_modes(exits, sequences, tokens, mask, offsets, codes, dtype, out_type, normalize, sizes, num_threads())
+    return call.outputs
+
+
+def _mode_by_mode(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A GPU backend's function for one mode, called for each, with truncation and what follows in PyTorch."""
+
+    def run(
+        hidden_states: list[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        modes: list[str],
+        dims: list[int],
+        dims_per_exit: list[int],
+        normalize: bool,
+        out_dtype: torch.dtype,
+    ) -> list[Tensor]:
+        whole = [[hidden.shape[-1]] for hidden in hidden_states]
+        batch = hidden_states, attention_mask, cu_seqlens
+        by_mode = [pool(*batch, mode, whole, False, torch.float32) for mode in modes]
+        return [
+            output
+            for parts, exit_dims in zip(zip(*by_mode, strict=True), _by_exit(dims, dims_per_exit), strict=True)
+            for output in reference.write_prefixes(torch.cat(parts, dim=1), exit_dims, normalize, out_dtype)
+        ]
+
+    return run
+
+
+def _pool_modes_reference(
+    hidden_states: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    modes: list[str],
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    nested = _by_exit(dims, dims_per_exit)
+    return reference.pool_modes(hidden_states, attention_mask, cu_seqlens, modes, nested, normalize, out_dtype)
 
 
 def _states(pooled: list[Tensor], winners: list[Tensor]) -> list[tuple[int, int]]:
@@ -468,6 +536,22 @@ _pool_exits = Op(
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
     backward=_backward,
     setup_context=_setup_context,
+)
+
+# As pool_exits for several modes side by side, without gradients.
+_pool_modes = Op(
+    "pool_modes(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str[] modes, int[] dims, "
+    "int[] dims_per_exit, bool normalize, ScalarType out_dtype) -> Tensor[]",
+    implementations={
+        "reference": _pool_modes_reference,
+        "cpu": _pool_modes_cpu,
+        "cuda": _mode_by_mode(_pool_exits_cuda),
+        "triton": _mode_by_mode(_pool_exits_triton),
+    },
+    fake=lambda hidden, mask, cu_seqlens, modes, dims, dims_per_exit, normalize, out_dtype: _fake(
+        hidden, mask, cu_seqlens, modes[0], dims, dims_per_exit, normalize, out_dtype, False
+    ),
+    accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
 )
 
 # From the state that pool_exits kept and the gradients of its outputs to those of the hidden states: per exit

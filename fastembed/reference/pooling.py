@@ -46,6 +46,25 @@ def pool_exits(
     return [*outputs, *pooled_vectors, *winner_tensors]
 
 
+def pool_modes(
+    hidden_states: Sequence[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    modes: Sequence[str],
+    dims: Sequence[Sequence[int]],
+    normalize: bool,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """As `pool_exits`, of several modes whose vectors stand side by side, [B, len(modes) * D], before truncation."""
+    check_values(attention_mask, cu_seqlens, hidden_states[0].shape)
+    outputs = []
+    for hidden, exit_dims in zip(hidden_states, dims, strict=True):
+        tokens, mask = _padded(hidden, attention_mask, cu_seqlens)
+        pooled = torch.cat([_reduce(tokens, mask, mode) for mode in modes], dim=1)
+        outputs += write_prefixes(pooled, exit_dims, normalize, out_dtype)
+    return outputs
+
+
 def write_prefixes(pooled: Tensor, dims: Sequence[int], normalize: bool, out_dtype: torch.dtype) -> list[Tensor]:
     """Prefixes of the pooled vectors [B, D], normalised, in the dtype asked for."""
     outputs = []

@@ -129,6 +129,24 @@ def test_largest_products_do_not_overflow(isa: str) -> None:
         assert_same(scalar_topk(q, codes, 2), oracle(q, codes, 2))
 
 
+@pytest.mark.parametrize("query_bits", [4, 8])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_long_codes_are_looked_up_in_parts(isa: str, bits: int, query_bits: int) -> None:
+    rng = np.random.default_rng(0)
+    for dim in (1023, 5000):
+        q, c = random_codes(rng, 7, dim, query_bits), random_codes(rng, 600, dim, bits)
+        assert_same(scalar_topk(q, c, 20), oracle(q, c, 20))
+
+
+def test_more_queries_than_meet_a_block_together() -> None:
+    rng = np.random.default_rng(0)
+    q, c = random_codes(rng, 2100, 16, 4), random_codes(rng, 50, 16, 1)
+    ranges = np.sort(rng.integers(0, 51, (2100, 1, 2)), axis=2)
+    rows = np.arange(50)
+    allowed = ((ranges[..., :1] <= rows) & (rows < ranges[..., 1:])).any(axis=1)
+    assert_same(scalar_topk(q, c, 7, ranges=ranges), oracle(q, c, 7, allowed))
+
+
 def test_results_do_not_depend_on_threads_or_batch(thread_counts: tuple[int, ...]) -> None:
     x = vectors(20_000, 48)
     quantizer = ScalarQuantizer.fit(x, 4)

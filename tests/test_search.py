@@ -114,7 +114,19 @@ def test_unpack_bits_is_the_inverse_of_pack_bits(dim: int, seed: int) -> None:
 def test_pack_bits_matches_sentence_transformers() -> None:
     quantization = pytest.importorskip("sentence_transformers.util.quantization")
     x = np.random.default_rng(0).standard_normal((50, 384)).astype(np.float32)
-    np.testing.assert_array_equal(pack_bits(x), quantization.quantize_embeddings(x, "ubinary"))
+    codes = pack_bits(x)
+    np.testing.assert_array_equal(codes, quantization.quantize_embeddings(x, "ubinary"))
+    # "binary" are the same bytes less 128: flipping the first bit tells them apart.
+    np.testing.assert_array_equal(codes ^ 128, quantization.quantize_embeddings(x, "binary").view(np.uint8))
+
+
+def test_pack_bits_matches_faiss_but_for_the_order_of_bits() -> None:
+    faiss = pytest.importorskip("faiss")
+    x = np.random.default_rng(0).standard_normal((50, 384)).astype(np.float32)
+    bits = np.zeros((50, 48), np.uint8)
+    faiss.fvecs2bitvecs(faiss.swig_ptr(x), faiss.swig_ptr(bits), 384, 50)
+    reversed_bits = np.packbits(np.unpackbits(bits, axis=1, bitorder="little"), axis=1)
+    np.testing.assert_array_equal(pack_bits(x), reversed_bits)
 
 
 def test_pack_bits_takes_any_strides_and_leading_axes() -> None:
@@ -472,6 +484,9 @@ distances, ids = fastembed.hamming_topk(fastembed.pack_bits(x[:5]), fastembed.pa
 assert (ids[:, 0] == range(5)).all() and (distances[:, 0] == 0).all()
 scores, ids = fastembed.sdc_topk(x[:5], fastembed.sdc_encode(x, 2), 3)
 assert (ids[:, 0] == range(5)).all()
+quantizer = fastembed.ScalarQuantizer.fit(x, 4)
+_, scalar_ids = fastembed.scalar_topk(quantizer.encode_queries(x[:5]), quantizer.encode(x), 3)
+assert (scalar_ids[:, 0] == range(5)).all()
 scores, ids = fastembed.rescore(x[:5], x, ids, 2)
 assert (ids[:, 0] == range(5)).all()
 try:

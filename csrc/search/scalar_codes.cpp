@@ -3,6 +3,7 @@
 #include "search/scalar_codes.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "search/blocks.hpp"
@@ -23,89 +24,165 @@ constexpr KernelsByIsa<ScalarKernels> scalar_kernels = {{&generic::scalar_kernel
 constexpr int part_bits = 8;
 constexpr int second_part_bits = 7;
 
-// The integers of a query in the order of dimensions of the kernels, in one or two bytes each; and its other factors,
-// moved from c to s = c - 2^(bits - 1).
-ScalarQuery scalar_query(const uint8_t* code, const float* factors, int bits, int64_t dim, int64_t bytes,
-                         int8_t* parts) {
+// Queries that are prepared at a time: no more meet a block together.
+constexpr int64_t most_queries = 1024;
+
+// s = c - 2^(bits - 1) of every dimension of a query.
+void read_query(const uint8_t* code, int bits, int64_t dim, int* s) {
   const int64_t plane_bytes = (dim + 7) / 8;
-  const int half = 1 << (bits - 1);
-  int64_t sum = 0;
-  for (int64_t index = 0; index < bytes; ++index) {
-    const int64_t d = dim_of_level(index);
-    int s = 0;
-    if (d < dim) {
-      for (int plane = 0; plane < bits; ++plane) s = 2 * s + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
-      s -= half;
-    }
-    sum += s;
-    if (bits <= part_bits) {
-      parts[index] = static_cast<int8_t>(s);
-    } else {
-      const int low = s & ((1 << second_part_bits) - 1);
-      parts[index] = static_cast<int8_t>((s - low) >> second_part_bits);
-      parts[bytes + index] = static_cast<int8_t>(low);
-    }
+  for (int64_t d = 0; d < dim; ++d) {
+    int c = 0;
+    for (int plane = 0; plane < bits; ++plane) c = 2 * c + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
+    s[d] = c - (1 << (bits - 1));
   }
+}
+
+// What else the score takes of a query, moved from c to s.
+ScalarQuery query_factors_of(const float* factors, int bits, int64_t dim, const int* s) {
+  int64_t sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += s[d];
   const float lower = factors[0], step = factors[1];
   // A zero added to -0 leaves 0, so that no score is -0, which would rank below 0.
-  return {step, lower + step * static_cast<float>(half), static_cast<float>(sum), factors[3] + 0.0f};
+  return {step, lower + step * static_cast<float>(1 << (bits - 1)), static_cast<float>(sum), factors[3] + 0.0f};
 }
 
-// [rows, scalar_factors] to what the kernels take.
-void lay_out(const float* factors, int64_t rows, int64_t lanes, int64_t dim, int64_t stride, float* out) {
-  for (int64_t i = 0; i < rows; ++i) {
+// One way to multiply codes by queries: what becomes of queries, and what of the codes of a block.
+class Products {
+ public:
+  Products(const ScalarMatrix& queries, const ScalarMatrix& codes, int64_t dim)
+      : dim_(dim), bits_(codes.bits), plane_bytes_((dim + 7) / 8), lookups_(scalar_kernels.active().lookups) {
+    // A look-up multiplies the bits of one plane by half a byte, for many codes at once. Measured on Zen 4: one for
+    // each bit is 1.8 times as fast as products of bytes (2.9 times on AVX2), two as fast (1.5 times), three no more.
+    const int half_bytes = (queries.bits + half_byte_bits - 1) / half_byte_bits;
+    by_lookup_ = lookups_ != nullptr && queries.bits <= part_bits && codes.bits * half_bytes <= 2;
+    if (by_lookup_) {
+      parts_ = half_bytes;
+      groups_ = (plane_bytes_ + lookups_->chunk_bytes - 1) / lookups_->chunk_bytes * lookups_->chunk_groups;
+      part_bytes_ = groups_ << lookups_->index_bits;
+      code_bytes_ = bits_ * groups_;
+      rows_ = most_lookup_rows;
+    } else {
+      parts_ = queries.bits <= part_bits ? 1 : 2;
+      words_ = level_words(plane_bytes_);
+      part_bytes_ = words_ * 8;
+      code_bytes_ = level_dwords(words_, bits_) * static_cast<int64_t>(sizeof(uint32_t));
+      rows_ = block_rows(code_bytes_, kernels.active().level_lanes);
+    }
+  }
+
+  int64_t query_bytes() const { return parts_ * part_bytes_; }
+  int64_t part_bytes() const { return part_bytes_; }
+  // Of a block, and codes in it.
+  int64_t block_bytes() const { return rows_ * code_bytes_; }
+  int64_t rows() const { return rows_; }
+
+  void prepare(const int* s, uint8_t* out) const {
+    for (int part = 0; part < parts_; ++part, out += part_bytes_)
+      by_lookup_ ? tabulate(s, part, out) : order(s, part, out);
+  }
+  void pack(const Rows& some, uint8_t* block) const {
+    if (by_lookup_) return lookups_->pack(some, bits_, block);
+    kernels.active().pack_levels(some, bits_, reinterpret_cast<uint32_t*>(block));
+  }
+  void scan(const Block& block, const BlockFactors& factors, const ScalarQueryGroup& queries) const {
+    if (by_lookup_) return lookups_->scan(block, factors, groups_, bits_, parts_, queries);
+    scalar_kernels.active().scan(block, factors, words_, bits_ > 4, parts_, queries);
+  }
+
+ private:
+  // A part of s in a byte, or both of its parts in one each, in the order of dimensions of packed levels.
+  void order(const int* s, int part, uint8_t* out) const {
+    for (int64_t index = 0; index < part_bytes_; ++index) {
+      const int64_t d = dim_of_level(index);
+      const int value = d < dim_ ? s[d] : 0;
+      const int byte = parts_ == 1 ? value
+                       : part == 0 ? value >> second_part_bits
+                                   : value & ((1 << second_part_bits) - 1);
+      out[index] = static_cast<uint8_t>(byte);
+    }
+  }
+
+  // For each index of a plane the sums of half a byte of s over the bits that are set in it. No sum is ever negative
+  // or above 255, so that eight of them are added to as one word.
+  void tabulate(const int* s, int part, uint8_t* out) const {
+    constexpr uint64_t each = 0x0101010101010101;
+    const int64_t index_bits = lookups_->index_bits;
+    const bool is_signed = part == parts_ - 1;
+    for (int64_t group = 0; group < groups_; ++group) {
+      uint64_t words[8] = {is_signed ? each * static_cast<uint64_t>(table_bias(index_bits)) : 0};
+      for (int64_t bit = 0; bit < index_bits; ++bit) {
+        const int64_t p = group * index_bits + bit, d = p / 8 * 8 + 7 - p % 8;
+        const int shifted = d < dim_ ? s[d] >> (half_byte_bits * part) : 0;
+        const auto half_byte = static_cast<uint64_t>(is_signed ? shifted : shifted & 15);
+        if (bit < 3) {
+          words[0] += half_byte * with_bit[bit];
+        } else {
+          for (int64_t i = 0; i < int64_t{1} << (bit - 3); ++i) {
+            words[(int64_t{1} << (bit - 3)) + i] = words[i] + half_byte * each;
+          }
+        }
+      }
+      std::memcpy(out, words, int64_t{1} << index_bits);
+      out += int64_t{1} << index_bits;
+    }
+  }
+  // A one in each byte whose number has a bit set.
+  static constexpr uint64_t with_bit[] = {0x0100010001000100, 0x0101000001010000, 0x0101010100000000};
+
+  int64_t dim_;
+  int bits_;
+  int64_t plane_bytes_;
+  const ScalarLookups* lookups_;
+  bool by_lookup_;
+  int parts_;
+  int64_t part_bytes_, code_bytes_, rows_;
+  int64_t words_ = 0, groups_ = 0;  // of a code, as the one or the other wants them
+};
+
+// [count, scalar_factors] to what the kernels take, with zeros up to `rows`.
+void lay_out(const float* factors, int64_t count, int64_t rows, int64_t dim, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
     const float lower = factors[i * scalar_factors], step = factors[i * scalar_factors + 1];
     out[i] = step;
-    out[stride + i] = lower;
-    out[2 * stride + i] = lower * static_cast<float>(dim) + step * factors[i * scalar_factors + 2];
-    out[3 * stride + i] = factors[i * scalar_factors + 3];
+    out[rows + i] = lower;
+    out[2 * rows + i] = lower * static_cast<float>(dim) + step * factors[i * scalar_factors + 2];
+    out[3 * rows + i] = factors[i * scalar_factors + 3];
   }
-  for (int64_t i = rows; i % lanes != 0; ++i) {
-    for (int64_t j = 0; j < scalar_factors; ++j) out[j * stride + i] = 0;
-  }
+  for (int64_t j = 0; j < scalar_factors; ++j) std::fill(out + j * rows + count, out + (j + 1) * rows, 0.0f);
 }
 
-}  // namespace
-
-void scalar_topk(const ScalarMatrix& queries, const ScalarMatrix& codes, const Selection& selection, int64_t dim,
-                 int64_t k, float* scores, int64_t* ids, int threads) {
+void search(const ScalarMatrix& queries, const ScalarMatrix& codes, const Selection& selection, int64_t dim, int64_t k,
+            float* scores, int64_t* ids, int threads) {
   const int64_t query_rows = queries.codes.rows;
-  if (query_rows == 0) return;
-  const Kernels& packing = kernels.active();
-  const ScalarKernels& isa = scalar_kernels.active();
-  const int64_t words = level_words((dim + 7) / 8);
-  const bool wide = codes.bits > 4;
-  const int parts = queries.bits <= part_bits ? 1 : 2;
-
-  const int64_t query_bytes = words * 8;
-  const Buffer<int8_t> packed_queries(query_rows * parts * query_bytes);
+  const Products products(queries, codes, dim);
+  const Buffer<uint8_t> packed_queries(query_rows * products.query_bytes());
   const Buffer<ScalarQuery> query_factors(query_rows);
+  const Buffer<int> s(dim);
   for (int64_t row = 0; row < query_rows; ++row) {
-    *query_factors.at(row) =
-        scalar_query(queries.codes.data + row * queries.codes.stride, queries.factors + row * scalar_factors,
-                     queries.bits, dim, query_bytes, packed_queries.at(row * parts * query_bytes));
+    read_query(queries.codes.data + row * queries.codes.stride, queries.bits, dim, s.at(0));
+    products.prepare(s.at(0), packed_queries.at(row * products.query_bytes()));
+    *query_factors.at(row) = query_factors_of(queries.factors + row * scalar_factors, queries.bits, dim, s.at(0));
   }
 
   const Schedule schedule(query_rows, codes.codes, selection, k, threads);
-  const int64_t dwords = level_dwords(words, codes.bits);
-  const int64_t rows = block_rows(dwords * static_cast<int64_t>(sizeof(uint32_t)), packing.level_lanes);
+  const int64_t rows = products.rows();
   const Codes selected(codes.codes, codes.factors, scalar_factors, selection, rows, schedule.workers());
-  const Buffer<uint32_t> blocks(schedule.workers() * rows * dwords);
+  const Buffer<uint8_t> blocks(schedule.workers() * products.block_bytes());
   const Buffer<float> block_factors(schedule.workers() * rows * scalar_factors);
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
-    const ScalarQueryGroup group = {packed_queries.at(batch.first_query * parts * query_bytes),
-                                    query_bytes,
+    const ScalarQueryGroup group = {packed_queries.at(batch.first_query * products.query_bytes()),
+                                    products.part_bytes(),
                                     query_factors.at(batch.first_query),
                                     piece.members,
                                     piece.member_count,
                                     candidates};
     float* const laid_out = block_factors.at(worker * rows * scalar_factors);
     scan_blocks(
-        selected, piece, rows, worker, blocks.at(worker * rows * dwords),
-        [&](const Rows& some, uint32_t* block) { packing.pack_levels(some, codes.bits, block); },
+        selected, piece, rows, worker, blocks.at(worker * products.block_bytes()),
+        [&](const Rows& some, uint8_t* block) { products.pack(some, block); },
         [&](const Block& block, const float* factors) {
-          lay_out(factors, block.count, packing.level_lanes, dim, rows, laid_out);
-          isa.scan(block, {laid_out, rows}, words, wide, parts, group);
+          lay_out(factors, block.count, rows, dim, laid_out);
+          products.scan(block, {laid_out, rows}, group);
         });
   };
   const float none = -std::numeric_limits<float>::infinity();
@@ -117,6 +194,21 @@ void scalar_topk(const ScalarMatrix& queries, const ScalarMatrix& codes, const S
     }
     return true;
   });
+}
+
+}  // namespace
+
+void scalar_topk(const ScalarMatrix& queries, const ScalarMatrix& codes, const Selection& selection, int64_t dim,
+                 int64_t k, float* scores, int64_t* ids, int threads) {
+  for (int64_t first = 0; first < queries.codes.rows; first += most_queries) {
+    ScalarMatrix some = queries;
+    some.codes.data += first * queries.codes.stride;
+    some.codes.rows = std::min(most_queries, queries.codes.rows - first);
+    some.factors += first * scalar_factors;
+    Selection their_selection = selection;
+    if (selection.has_ranges()) their_selection.ranges += first * selection.range_count * 2;
+    search(some, codes, their_selection, dim, k, scores + first * k, ids + first * k, threads);
+  }
 }
 
 }  // namespace fastembed::search

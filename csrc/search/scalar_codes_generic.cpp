@@ -15,7 +15,7 @@ struct One {
   static Word load(const uint32_t* p) { return *p; }
   static Word low_halves(Word a) { return a & 0x0f0f0f0f; }
   static Word high_halves(Word a) { return a >> 4 & 0x0f0f0f0f; }
-  static Word four_bytes(const int8_t* query) {
+  static Word four_bytes(const uint8_t* query) {
     uint32_t bytes;
     __builtin_memcpy(&bytes, query, sizeof bytes);
     return bytes;
@@ -40,6 +40,6 @@ struct One {
 
 }  // namespace
 
-const ScalarKernels scalar_kernels = {ScalarCodeKernels<One>::scan};
+const ScalarKernels scalar_kernels = {ScalarCodeKernels<One>::scan, nullptr};
 
 }  // namespace fastembed::search::generic

@@ -72,12 +72,16 @@ struct BitKernels {
     }
   }
 
-  // ---- sums of one group of codes against `n` queries ----
+  // ---- sums of one group of codes against `n` queries, each added to a start of the query ----
 
   template <int n>
-  static void hamming(const uint64_t* code, int64_t words, const uint64_t* const (&query)[n], Word (&distance)[n]) {
+  static void hamming(const uint64_t* code, int64_t words, const uint64_t* const (&query)[n], const int64_t (&start)[n],
+                      Word (&distance)[n]) {
     Word ones[n], twos[n], fours[n];
-    for (int j = 0; j < n; ++j) ones[j] = twos[j] = fours[j] = V::zero();
+    for (int j = 0; j < n; ++j) {
+      ones[j] = V::splat(start[j]);
+      twos[j] = fours[j] = V::zero();
+    }
     int64_t w = 0;
     for (; w + 7 <= words; w += 7, code += 7 * lanes) {
 #pragma GCC unroll 8
@@ -121,9 +125,13 @@ struct BitKernels {
   }
 
   template <int n>
-  static void two_bit(const uint64_t* code, int64_t words, const uint64_t* const (&query)[n], Word (&sum)[n]) {
+  static void two_bit(const uint64_t* code, int64_t words, const uint64_t* const (&query)[n], const int64_t (&start)[n],
+                      Word (&sum)[n]) {
     Word ones[n], threes[n], fives[n];
-    for (int j = 0; j < n; ++j) ones[j] = threes[j] = fives[j] = V::zero();
+    for (int j = 0; j < n; ++j) {
+      ones[j] = V::splat(start[j]);
+      threes[j] = fives[j] = V::zero();
+    }
     for (int64_t w = 0; w < 2 * words; w += 2, code += 2 * lanes) {
       const Word code_sign = V::load(code), code_small = V::load(code + lanes);
 #pragma GCC unroll 8
@@ -144,42 +152,57 @@ struct BitKernels {
 
   // ---- scans ----
 
-  template <int n, class Sums, class Hits>
+  // `bound(query)`: only sums below it may be wanted, of codes of this block; hit(row, query, sums) takes the sums of
+  // some lanes of which are.
+  template <int n, class Sums, class Bound, class Hit>
   static void scan_group(const Block& block, int64_t words, const QueryGroup& queries, int64_t first, const Sums& sums,
-                         const Hits& hits) {
+                         const Bound& bound, const Hit& hit) {
     const uint32_t* const members = queries.members + first;
     const uint64_t* query[n];
-    for (int j = 0; j < n; ++j) query[j] = static_cast<const uint64_t*>(queries.data) + members[j] * words;
+    int64_t start[n];  // with it a sum that may be wanted is negative
+    for (int j = 0; j < n; ++j) {
+      query[j] = static_cast<const uint64_t*>(queries.data) + members[j] * words;
+      start[j] = -bound(members[j]);
+    }
     const uint64_t* code = static_cast<const uint64_t*>(block.data);
     Fetch fetch(block, first, n, queries.count, (block.count + lanes - 1) / lanes);
     for (int64_t row = 0; row < block.count; row += lanes, code += words * lanes) {
       fetch.step();
       Word result[n];
-      sums(code, query, result);
+      sums(code, query, start, result);
+      Word signs = result[0];
 #pragma GCC unroll 8
-      for (int j = 0; j < n; ++j) hits(row, members[j], result[j]);
+      for (int j = 1; j < n; ++j) signs = V::unite(signs, result[j]);
+      if (__builtin_expect(!V::any_negative(signs), 1)) continue;
+      for (int j = 0; j < n; ++j) {
+        if (V::any_negative(result[j])) hit(row, members[j], V::add(result[j], V::splat(-start[j])));
+      }
     }
   }
 
   // Queries in groups that share the loads of a code, what is left over one by one.
-  template <class Sums, class Hits>
-  static void scan(const Block& block, int64_t words, const QueryGroup& queries, const Sums& sums, const Hits& hits) {
+  template <class Sums, class Bound, class Hit>
+  static void scan(const Block& block, int64_t words, const QueryGroup& queries, const Sums& sums, const Bound& bound,
+                   const Hit& hit) {
     int64_t first = 0;
     for (; first + group <= queries.count; first += group) {
-      scan_group<group>(block, words, queries, first, sums, hits);
+      scan_group<group>(block, words, queries, first, sums, bound, hit);
     }
-    for (; first < queries.count; ++first) scan_group<1>(block, words, queries, first, sums, hits);
+    for (; first < queries.count; ++first) scan_group<1>(block, words, queries, first, sums, bound, hit);
   }
 
   static auto hamming_sums(int64_t words) {
-    return [words](const uint64_t* code, const auto& query, auto& distance) { hamming(code, words, query, distance); };
+    return [words](const uint64_t* code, const auto& query, const auto& start, auto& distance) {
+      hamming(code, words, query, start, distance);
+    };
   }
 
   static void scan_hamming(const Block& block, int64_t words, const QueryGroup& queries) {
-    scan(block, words, queries, hamming_sums(words), [&](int64_t row, int64_t query, Word distances) {
+    const auto bound = [&](uint32_t query) -> int64_t { return queries.candidates[query].limit; };
+    scan(block, words, queries, hamming_sums(words), bound, [&](int64_t row, int64_t query, Word distances) {
       Candidates& candidates = queries.candidates[query];
       uint32_t below = V::below(distances, candidates.limit);
-      if (__builtin_expect(below == 0, 1)) return;
+      if (below == 0) return;
       if (block.count - row < lanes) below &= (1u << (block.count - row)) - 1;
       V::add_lanes(candidates, below, distances, block.first_id + static_cast<uint32_t>(row));
     });
@@ -187,7 +210,12 @@ struct BitKernels {
 
   static void scan_planes(const Block& block, int64_t words, int bits, int64_t dim, const QueryGroup& queries) {
     const int64_t largest = bits == 1 ? dim : 9 * dim;  // dot product = largest - 2 * sum
-    const auto hits = [&](int64_t row, int64_t query, Word sum) {
+    const auto bound = [&](uint32_t query) {
+      const int64_t least = least_dot(score_of_key(queries.candidates[query].limit), queries.inverse_norms[query],
+                                      block.largest_inverse_norm);
+      return (largest - least + 1) >> 1;
+    };
+    const auto hit = [&](int64_t row, int64_t query, Word sum) {
       Candidates& candidates = queries.candidates[query];
       float score[lanes];
       uint32_t above = V::scores_above(largest, sum, block.inverse_norms + row, block.count - row,
@@ -197,10 +225,10 @@ struct BitKernels {
         add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
       }
     };
-    if (bits == 1) return scan(block, words, queries, hamming_sums(words), hits);
-    const auto two_bit_sums = [words](const uint64_t* code, const auto& query, auto& sum) {
-      two_bit(code, words / 2, query, sum);
+    if (bits == 1) return scan(block, words, queries, hamming_sums(words), bound, hit);
+    const auto two_bit_sums = [words](const uint64_t* code, const auto& query, const auto& start, auto& sum) {
+      two_bit(code, words / 2, query, start, sum);
     };
-    scan(block, words, queries, two_bit_sums, hits);
+    scan(block, words, queries, two_bit_sums, bound, hit);
   }
 };

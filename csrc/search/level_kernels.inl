@@ -83,20 +83,20 @@ struct LevelKernels {
   static void scan_group(const Block& block, int64_t words, const QueryGroup& queries, int64_t first) {
     const uint32_t* const members = queries.members + first;
     const int8_t* query[n];
-    int32_t constants[n];
-    int32_t least[n];  // dot products that may be wanted, of codes of this block
+    int32_t start[n];  // sums begin here, so that those of codes that may be wanted are 0 or more
     for (int j = 0; j < n; ++j) {
       query[j] = static_cast<const int8_t*>(queries.data) + members[j] * words * 8;
-      constants[j] = queries.constants[members[j]];
-      least[j] = least_dot(score_of_key(queries.candidates[members[j]].limit), queries.inverse_norms[members[j]],
-                           block.largest_inverse_norm);
+      const int64_t least = least_dot(score_of_key(queries.candidates[members[j]].limit),
+                                      queries.inverse_norms[members[j]], block.largest_inverse_norm);
+      // 2 sum + constant > least  where  sum - (least - constant) / 2, rounded down, is more than 0.
+      start[j] = static_cast<int32_t>(-1 - ((least - queries.constants[members[j]]) >> 1));
     }
     const uint32_t* code = static_cast<const uint32_t*>(block.data);
     Fetch fetch(block, first, n, queries.count, (block.count + lanes - 1) / lanes);
     for (int64_t row = 0; row < block.count; row += lanes) {
       fetch.step();
       Word dots[n];
-      for (int j = 0; j < n; ++j) dots[j] = V::zero();
+      for (int j = 0; j < n; ++j) dots[j] = wide ? V::zero() : V::splat(start[j]);
       for (int64_t w = 0; w < words; ++w, code += (wide ? 2 : 1) * lanes) {
         const Word both = V::load(code);
         const Word low = wide ? both : V::low_halves(both);
@@ -108,23 +108,22 @@ struct LevelKernels {
                          : V::add_dot(V::add_dot(dots[j], low, q0), high, q1);
         }
       }
-      Word sums = V::zero();
       if constexpr (wide) {
-        sums = V::load(code);
+        const Word sums = V::load(code);
         code += lanes;
+        for (int j = 0; j < n; ++j) {
+          dots[j] = V::add(V::add(V::add(dots[j], dots[j]), sums), V::splat(start[j]));
+        }
       }
-      uint32_t above[n], any = 0;
+      Word signs = dots[0];
 #pragma GCC unroll 8
+      for (int j = 1; j < n; ++j) signs = V::intersect(signs, dots[j]);
+      if (__builtin_expect(!V::any_positive(signs), 1)) continue;
       for (int j = 0; j < n; ++j) {
-        dots[j] = V::add(dots[j], dots[j]);
-        if constexpr (wide) dots[j] = V::add(V::add(dots[j], sums), V::add(dots[j], sums));
-        dots[j] = V::add(dots[j], V::splat(constants[j]));
-        above[j] = V::above(dots[j], least[j]);
-        any |= above[j];
-      }
-      if (__builtin_expect(any == 0, 1)) continue;
-      for (int j = 0; j < n; ++j) {
-        if (above[j] != 0) add_above(block, row, queries, members[j], dots[j]);
+        if (!V::any_positive(dots[j])) continue;
+        // Back to the dot product of levels.
+        const Word sum = V::add(dots[j], V::splat(-start[j]));
+        add_above(block, row, queries, members[j], V::add(V::add(sum, sum), V::splat(queries.constants[members[j]])));
       }
     }
   }

@@ -41,10 +41,13 @@ struct Word256 {
   static constexpr int64_t query_group = 2;
 
   static Word zero() { return _mm256_setzero_si256(); }
+  static Word splat(int64_t a) { return _mm256_set1_epi64x(a); }
   static Word load(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(uint64_t* p, Word a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static Word broadcast(const uint64_t* p) { return _mm256_set1_epi64x(static_cast<long long>(*p)); }
   static Word add(Word a, Word b) { return _mm256_add_epi64(a, b); }
+  static Word unite(Word a, Word b) { return _mm256_or_si256(a, b); }
+  static bool any_negative(Word a) { return _mm256_movemask_pd(_mm256_castsi256_pd(a)) != 0; }
   static Word exclusive_or(Word a, Word b) { return _mm256_xor_si256(a, b); }
   static Word exclusive_or(Word a, Word b, Word c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
   static Word majority(Word a, Word b, Word c) {
@@ -148,9 +151,9 @@ struct Dwords256 {
                                                    _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
   }
   static Word add(Word a, Word b) { return _mm256_add_epi32(a, b); }
-  static uint32_t above(Word a, int32_t bound) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, splat(bound)))));
-  }
+  static Word intersect(Word a, Word b) { return _mm256_and_si256(a, b); }
+  // Whether a lane is 0 or more.
+  static bool any_positive(Word a) { return _mm256_movemask_ps(_mm256_castsi256_ps(a)) != 0xff; }
   static Word splat(int32_t a) { return _mm256_set1_epi32(a); }
   static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
                                float limit, float* score) {

@@ -51,11 +51,14 @@ struct Word512 {
   static constexpr int64_t query_group = 4;
 
   static Word zero() { return _mm512_setzero_si512(); }
+  static Word splat(int64_t a) { return _mm512_set1_epi64(a); }
   static Word load(const uint64_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint64_t* p, Word a) { _mm512_storeu_si512(p, a); }
   static Word broadcast(const uint64_t* p) { return _mm512_set1_epi64(static_cast<long long>(*p)); }
   static Word add(Word a, Word b) { return _mm512_add_epi64(a, b); }
   static Word popcount(Word a) { return _mm512_popcnt_epi64(a); }
+  static Word unite(Word a, Word b) { return _mm512_or_si512(a, b); }
+  static bool any_negative(Word a) { return _mm512_movepi64_mask(a) != 0; }
   static Word exclusive_or(Word a, Word b) { return _mm512_xor_si512(a, b); }
   static Word exclusive_or(Word a, Word b, Word c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
   static Word majority(Word a, Word b, Word c) { return _mm512_ternarylogic_epi64(a, b, c, 0xe8); }
@@ -145,7 +148,9 @@ struct Dwords512 {
   static Word add_dot(Word sums, Word codes, Word query) { return _mm512_dpbusd_epi32(sums, codes, query); }
   static Word add_dot_wide(Word sums, Word codes, Word query) { return add_dot(sums, codes, query); }
   static Word add(Word a, Word b) { return _mm512_add_epi32(a, b); }
-  static uint32_t above(Word a, int32_t bound) { return _mm512_cmpgt_epi32_mask(a, splat(bound)); }
+  static Word intersect(Word a, Word b) { return _mm512_and_si512(a, b); }
+  // Whether a lane is 0 or more.
+  static bool any_positive(Word a) { return _mm512_movepi32_mask(a) != 0xffff; }
   static Word splat(int32_t a) { return _mm512_set1_epi32(a); }
   static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
                                float limit, float* score) {

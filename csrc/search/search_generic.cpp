@@ -20,10 +20,13 @@ struct Word64 {
   static constexpr int64_t query_group = 4;
 
   static Word zero() { return 0; }
+  static Word splat(int64_t a) { return static_cast<Word>(a); }
   static Word load(const uint64_t* p) { return *p; }
   static void store(uint64_t* p, Word a) { *p = a; }
   static Word broadcast(const uint64_t* p) { return *p; }
   static Word add(Word a, Word b) { return a + b; }
+  static Word unite(Word a, Word b) { return a | b; }
+  static bool any_negative(Word a) { return static_cast<int64_t>(a) < 0; }
   static Word exclusive_or(Word a, Word b) { return a ^ b; }
   static Word exclusive_or(Word a, Word b, Word c) { return a ^ b ^ c; }
   static Word xor_of_and(Word a, Word b, Word c) { return a ^ (b & c); }
@@ -93,7 +96,8 @@ struct Word32 {
   }
   static Word add_dot_wide(Word sum, Word codes, Word query) { return add_dot(sum, codes, query); }
   static Word add(Word a, Word b) { return a + b; }
-  static uint32_t above(Word a, int32_t bound) { return static_cast<int32_t>(a) > bound; }
+  static Word intersect(Word a, Word b) { return a & b; }
+  static bool any_positive(Word a) { return static_cast<int32_t>(a) >= 0; }
   static Word splat(int32_t a) { return static_cast<uint32_t>(a); }
   static uint32_t scores_above(Word dot, const float* inverse_norms, int64_t, float query_inverse_norm, float limit,
                                float* score) {

@@ -49,19 +49,25 @@ struct LevelKernels {
     constexpr int max_planes = 8;
     constexpr int64_t chunk = 64;  // bytes of a plane
     const int64_t plane_bytes = codes.bytes / bits;
-    uint32_t words[max_planes][chunk / 4 * lanes] = {};  // the leading planes that a code does not have stay zero
+    // Planes of at most a chunk that are a whole number of words are taken up together.
+    const bool together = plane_bytes % 4 == 0 && plane_bytes <= chunk;
+    const int64_t stride = (together ? plane_bytes : chunk) / 4 * lanes;
+    uint32_t words[max_planes * chunk / 4 * lanes] = {};  // the leading planes that a code does not have stay zero
+    uint32_t* const first_plane = words + (max_planes - bits) * stride;
     for (int64_t row = 0; row < codes.count; row += lanes) {
       const int64_t rows = codes.count - row < lanes ? codes.count - row : lanes;
       Word sums = V::zero();
       for (int64_t done = 0; done < plane_bytes; done += chunk) {
         const int64_t bytes = plane_bytes - done < chunk ? plane_bytes - done : chunk;
-        for (int plane = 0; plane < bits; ++plane) {
-          const uint8_t* const source = codes.data + row * codes.stride + plane * plane_bytes + done;
-          V::gather(source, codes.stride, rows, bytes, words[max_planes - bits + plane]);
+        const uint8_t* const source = codes.data + row * codes.stride + done;
+        const int64_t end = together ? codes.bytes : bits * plane_bytes;
+        for (int64_t at = 0; at < end; at += together ? chunk : plane_bytes) {
+          V::gather(source + at, codes.stride, rows, together ? (end - at < chunk ? end - at : chunk) : bytes,
+                    first_plane + (together ? at / 4 * lanes : at / plane_bytes * stride));
         }
         for (int64_t w = 0; w < (bytes + 3) / 4; ++w, block += (wide ? 8 : 4) * lanes) {
           Word planes[max_planes];
-          for (int t = wide ? 0 : 4; t < max_planes; ++t) planes[t] = V::load(words[t] + w * lanes);
+          for (int t = wide ? 0 : 4; t < max_planes; ++t) planes[t] = V::load(words + t * stride + w * lanes);
           sums = pack_word<0, wide>(planes, block, sums);
           sums = pack_word<1, wide>(planes, block, sums);
           sums = pack_word<2, wide>(planes, block, sums);
@@ -119,6 +125,8 @@ struct LevelKernels {
 #pragma GCC unroll 8
       for (int j = 1; j < n; ++j) signs = V::intersect(signs, dots[j]);
       if (__builtin_expect(!V::any_positive(signs), 1)) continue;
+      // Unrolled: sums indexed by a variable would stand in memory.
+#pragma GCC unroll 8
       for (int j = 0; j < n; ++j) {
         if (!V::any_positive(dots[j])) continue;
         // Back to the dot product of levels.

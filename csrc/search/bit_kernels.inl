@@ -174,8 +174,6 @@ struct BitKernels {
 #pragma GCC unroll 8
       for (int j = 1; j < n; ++j) signs = V::unite(signs, result[j]);
       if (__builtin_expect(!V::any_negative(signs), 1)) continue;
-      // Unrolled: sums indexed by a variable would stand in memory.
-#pragma GCC unroll 8
       for (int j = 0; j < n; ++j) {
         if (V::any_negative(result[j])) hit(row, members[j], V::add(result[j], V::splat(-start[j])));
       }

@@ -125,8 +125,6 @@ struct LevelKernels {
 #pragma GCC unroll 8
       for (int j = 1; j < n; ++j) signs = V::intersect(signs, dots[j]);
       if (__builtin_expect(!V::any_positive(signs), 1)) continue;
-      // Unrolled: sums indexed by a variable would stand in memory.
-#pragma GCC unroll 8
       for (int j = 0; j < n; ++j) {
         if (!V::any_positive(dots[j])) continue;
         // Back to the dot product of levels.

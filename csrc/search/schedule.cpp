@@ -15,6 +15,8 @@ constexpr int64_t largest_batch = 1024;
 constexpr int64_t candidates_per_worker = 1 << 22;
 // Bounds the pieces that ranges are cut into.
 constexpr int64_t ranges_per_batch = 1 << 14;
+// Entries that the buffer of a query takes before it is cut back to k, at least: each time the limit falls.
+constexpr int64_t fewest_added = 48;
 // First capacity of a range search.
 constexpr int64_t first_capacity = 256;
 
@@ -115,7 +117,7 @@ Schedule::Schedule(int64_t queries, const Matrix& codes, const Selection& select
   const int64_t positions = !selection.has_ids() ? codes.rows : selection.id_count;
   // A buffer of one entry at least, and a k of one: no rank is looked for among no entries.
   k_ = std::clamp<int64_t>(k, 1, std::max<int64_t>(1, positions));
-  capacity_ = k == 0 ? 0 : std::min(std::max<int64_t>(1, positions), k_ + std::max<int64_t>(k_, first_capacity));
+  capacity_ = k == 0 ? 0 : std::min(std::max<int64_t>(1, positions), k_ + std::max<int64_t>(k_, fewest_added));
 
   const int64_t available = team_size(std::numeric_limits<int64_t>::max(), threads);
   const int64_t worth = ceil_div(std::max<int64_t>(1, codes.bytes) * positions, bytes_worth_a_worker);

@@ -77,6 +77,13 @@ def test_allocation_refuses_what_cannot_fit() -> None:
         allocate([[Choice(1, 3, 1.0)], [Choice(1, 4, 1.0)]], 6)
 
 
+def test_two_levels_pass_over_what_does_not_fit() -> None:
+    sizes = [(1, 2), (4, 8), (1, 2)]
+    layers = [(Choice(2, low, 0), Choice(4, high, 0)) for low, high in sizes]
+    assert [c.bits for c in two_levels(layers, [0.1, 0.9, 0.5], 9)] == [4, 2, 4]
+    assert [c.bits for c in two_levels(layers, [0.1, 0.9, 0.5], 10)] == [2, 4, 2]
+
+
 def test_two_levels_fill_from_the_most_important() -> None:
     layers = [(Choice(2, 2, 0), Choice(4, 4, 0))] * 4
     assert [c.bits for c in two_levels(layers, [0.1, 0.4, 0.2, 0.3], 12)] == [2, 4, 2, 4]
@@ -136,6 +143,23 @@ def test_measured_errors_predict_what_quantising_does(model: SentenceTransformer
         actual = 1 - torch.cosine_similarity(changed.encode(texts, convert_to_tensor=True), expected).mean().item()
         # An estimate from two random directions per text.
         assert row.score == pytest.approx(actual, rel=0.5)
+
+
+def test_measured_errors_of_many_levels_are_those_of_each() -> None:
+    """Many levels share the gradient in the weight; one by one, tokens are multiplied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 10))
+    layers = [[model[0]], [model[2]]]
+
+    def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+        return (weight * 2**bits).round() / 2**bits
+
+    for shape in ((4, 20), (4, 9, 20)):
+        data = calibration.prepare(model, [torch.randn(shape) for _ in range(2)])
+        together = importance.measured_errors(data, layers, range(1, 9), rounded)
+        for bits in range(1, 9):
+            alone = importance.measured_errors(data, layers, [bits], rounded)
+            assert [error[bits] for error in alone] == pytest.approx([error[bits] for error in together], rel=1e-4)
 
 
 @pytest.mark.parametrize(

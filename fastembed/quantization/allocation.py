@@ -61,8 +61,9 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
 def two_levels(layers: Sequence[tuple[Choice, Choice]], scores: Sequence[float], budget: int) -> list[Choice]:
     """The higher of two levels for the most important layers as far as the budget goes, the lower for all others.
 
-    Section 3 of Dumitru et al., "Layer-Wise Quantization" (arXiv 2406.17415), with layers weighed by their bytes. Of
-    equal scores the earlier layer counts as more important.
+    Section 3 of Dumitru et al., "Layer-Wise Quantization" (arXiv 2406.17415), where all layers are of one size, so that
+    the budget is a number of layers. Here a layer that does not fit any more is passed over for less important ones
+    that do. Of equal scores the earlier layer counts as more important.
 
     Raises:
         ValueError: not even the lower level fits everywhere.
@@ -73,10 +74,9 @@ def two_levels(layers: Sequence[tuple[Choice, Choice]], scores: Sequence[float],
         raise ValueError(f"budget must be at least {budget - spare} bytes for these layers, got {budget}")
     for index in sorted(range(len(layers)), key=lambda index: -scores[index]):
         low, high = layers[index]
-        spare -= high.nbytes - low.nbytes
-        if spare < 0:
-            break
-        chosen[index] = high
+        if (step := high.nbytes - low.nbytes) <= spare:
+            spare -= step
+            chosen[index] = high
     return chosen
 
 

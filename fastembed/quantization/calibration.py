@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,11 +133,13 @@ def _tokenised(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> Iterat
             yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
 
 
-def _texts_of_the_standard_library() -> list[str]:
+@cache
+def _texts_of_the_standard_library() -> tuple[str, ...]:
+    # Reading the whole library takes seconds.
     from ..demo.corpus import build_corpus
 
     pairs = build_corpus(2 * _DEFAULT_TEXTS)
-    return [pair.query for pair in pairs[:_DEFAULT_TEXTS]] + [pair.document for pair in pairs[_DEFAULT_TEXTS:]]
+    return (*(pair.query for pair in pairs[:_DEFAULT_TEXTS]), *(pair.document for pair in pairs[_DEFAULT_TEXTS:]))
 
 
 def _embeddings_of(output: Any) -> Tensor:

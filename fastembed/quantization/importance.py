@@ -15,6 +15,8 @@ _PROBES = 2
 _SEED = 0
 # Inputs and gradients that are held at once; more layers than fit take several passes over the calibration data.
 _KEPT_BYTES = 1 << 30
+# Weights whose errors at all levels are held at once.
+_SLICE = 1 << 20
 
 
 def layer_input_modification(calibration: Calibration, blocks: Sequence[nn.Module]) -> list[float]:
@@ -72,13 +74,14 @@ def measured_errors(
     in the weight's error D (Gauss-Newton): the embedding moves by J(D x) for the layer's inputs x and the Jacobian J of
     the embedding in the layer's output. For a random direction v, J^T v is one backward pass for all layers together,
     and E_v (v . J D x)^2 is the squared distance (Hutchinson's estimator). So all levels of all layers cost a few
-    passes, where quantising and running the model for each would take one pass each.
+    passes, where quantising and running the model for each would take one pass each. Nor does a level take a pass over
+    the tokens: v . J D x, summed over a text, is the inner product of D and one matrix, the gradient in the weight.
 
     Args:
         calibration: model and data.
         layers: for every weight, the layers that have it.
         levels: bit-levels.
-        dequantized: (weight, bits) -> what the quantised weight stands for.
+        dequantized: (rows of a weight, bits) -> what they stand for when they are quantised.
         progress: show a progress bar.
 
     Returns:
@@ -92,12 +95,8 @@ def measured_errors(
         for chunk in _chunks(calibration, layers):
             kept = _inputs_and_gradients(calibration, [module for group in chunk for module in group])
             for group in chunk:
-                weight = group[0].weight.detach()
-                moved = dict.fromkeys(levels, 0.0)
-                for level in levels:
-                    difference = dequantized(weight, level) - weight.float()
-                    moved[level] = _distance(difference, [kept[module] for module in group])
-                errors.append(moved)
+                distances = _distances(group[0].weight.detach(), levels, dequantized, [kept[m] for m in group])
+                errors.append(dict(zip(levels, distances, strict=True)))
                 bar.update()
     return errors
 
@@ -142,23 +141,49 @@ def _inputs_and_gradients(calibration: Calibration, modules: Sequence[nn.Module]
     return kept
 
 
-def _distance(difference: Tensor, modules: Sequence[Sequence[Sequence[_Call]]]) -> float:
-    """Half the mean squared distance by which a weight's error moves the embeddings of each text."""
-    total, texts = 0.0, 0
-    for calls_of_batch in zip(*modules, strict=True):
-        moves: dict[int, Tensor] = {}
-        for x, gradients in (call for calls in calls_of_batch for call in calls):
-            output = x.float() @ difference.T
-            move = torch.stack([_per_row(output * gradient.float()) for gradient in gradients])
-            rows = move.shape[1]
-            moves[rows] = moves[rows] + move if rows in moves else move
-        total += sum(float(move.double().square().sum()) for move in moves.values()) / _PROBES
-        texts += max(moves, default=0)
-    return 0.5 * total / max(1, texts)
+def _distances(
+    weight: Tensor,
+    levels: Sequence[int],
+    dequantized: Callable[[Tensor, int], Tensor],
+    modules: Sequence[Sequence[Sequence[_Call]]],
+) -> list[float]:
+    """Half the mean squared distance by which a weight's error moves the embeddings of each text, for every level."""
+    batches = [[call for calls in calls_of_batch for call in calls] for calls_of_batch in zip(*modules, strict=True)]
+    # Of calls with as many rows, the rows are those of the same texts.
+    moves: list[dict[int, Tensor]] = [{} for _ in batches]
+    step = max(1, _SLICE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        outputs = slice(start, start + step)
+        piece = weight[outputs]
+        differences = torch.stack([dequantized(piece, level) - piece.float() for level in levels])
+        for batch, of_rows in zip(batches, moves, strict=True):
+            for x, gradients in batch:
+                move = _moves(differences, x, [gradient[..., outputs] for gradient in gradients])
+                rows = move.shape[-1]
+                of_rows[rows] = of_rows[rows] + move if rows in of_rows else move
+    squares = sum(
+        (move.double().square().sum(dim=(1, 2)) / _PROBES for of_rows in moves for move in of_rows.values()),
+        torch.zeros(len(levels), dtype=torch.float64, device=weight.device),
+    )
+    texts = sum(max(of_rows, default=0) for of_rows in moves)
+    return [0.5 * float(square) / max(1, texts) for square in squares]
 
 
-def _per_row(products: Tensor) -> Tensor:
-    return products.flatten(1).sum(dim=1) if products.dim() > 1 else products.sum()[None]
+def _moves(differences: Tensor, x: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """[levels, probes, rows]: the sum over a row's tokens of g . D x, for every error D of `differences`."""
+    rows = len(x) if x.dim() > 1 else 1
+    tokens = x.reshape(rows, -1, x.shape[-1]).float()
+    probes = torch.stack([g.reshape(*tokens.shape[:2], -1) for g in gradients]).float()  # [probes, rows, tokens, out]
+    levels = len(differences)
+    if tokens.shape[1] * (levels - _PROBES) <= _PROBES * levels:
+        outputs = torch.einsum("rti,loi->lrto", tokens, differences)
+        return torch.einsum("lrto,prto->lpr", outputs, probes)
+    # The sum is the inner product of D and the gradient in the weight, which is the same for all levels.
+    moves = [
+        differences.flatten(1) @ (gradient.mT @ row).flatten(1).T
+        for row, gradient in zip(tokens, probes.unbind(1), strict=True)
+    ]
+    return torch.stack(moves, dim=-1)
 
 
 def _chunks(calibration: Calibration, layers: Sequence[Sequence[nn.Linear]]) -> Iterator[list[Sequence[nn.Linear]]]:

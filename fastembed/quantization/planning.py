@@ -15,6 +15,7 @@ from .importance import (
     z_score_share,
 )
 from .layers import Layers, Linear, bits_of, block_of
+from .rtn import quantize_rtn, stands_for
 
 ALL_LEVELS = tuple(range(1, 9))
 
@@ -78,8 +79,6 @@ def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, 
     """The allocation of least measured error."""
     assert calibration is not None
     assert config.avg_bits is not None
-    from ..nn import QuantLinear  # which imports the quantisers of this package
-
     levels = tuple(config.levels or ALL_LEVELS)
     weights = layers.weights
     total = sum(_weights(layer) for layer in weights)
@@ -88,17 +87,14 @@ def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, 
     if (least := sum(map(min, costs))) > budget:
         raise _too_few_bits(config, least, total, min(levels))
 
-    def dequantized(weight: Tensor, bits: int) -> Tensor:
+    def rounded(weight: Tensor, bits: int) -> Tensor:
         # Whatever the quantiser, levels are compared by round-to-nearest: quantisers that take long would take it
         # once for every level.
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        return QuantLinear.from_linear(
-            layer, bits, config.group_size, config.symmetric, scale_dtype=config.scale_dtype
-        ).dequantize()
+        codes = quantize_rtn(weight, bits, config.group_size, config.symmetric, config.scale_dtype)
+        return stands_for(*codes, bits, config.group_size)
 
     modules = [[linear.module for linear in layers.of_weight(layer)] for layer in weights]
-    errors = measured_errors(calibration, modules, levels, dequantized, progress)
+    errors = measured_errors(calibration, modules, levels, rounded, progress)
     choices = [
         [Choice(level, cost, error[level]) for level, cost in zip(levels, cost_of_layer, strict=True)]
         for cost_of_layer, error in zip(costs, errors, strict=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.qmatmul import whole_row
-from ..reference.qmatmul import midpoint
+from ..reference.qmatmul import midpoint, zero_points
 
 
 def quantize_rtn(
@@ -85,6 +85,16 @@ def _two_values(
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, values, 0).sum(dim=2) / where.sum(dim=2).clamp(min=1)
+
+
+def stands_for(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """The float32 weight [out_features, in_features] of what a quantiser returns."""
+    rows, columns = codes.shape
+    if group_size == -1:
+        group_size = whole_row(columns)
+    groups = F.pad(codes, (0, -columns % group_size)).reshape(rows, -1, group_size).float()
+    groups.sub_(zero_points(scales, zeros, bits)[..., None]).mul_(scales.float()[..., None])
+    return groups.flatten(1)[:, :columns]
 
 
 def check_finite(weight: Tensor) -> None:

@@ -1,0 +1,51 @@
+"""The parts of `python -m bench.quantize` that need no trained model, and all of it on a tiny one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers")
+
+import tiny_models
+
+from bench import quantize
+from bench.quantize import Row
+from fastembed.demo.corpus import Pair
+
+
+def test_uniform_between_and_beyond_its_widths() -> None:
+    rows = [Row("uniform", "", bits, cosine, 0, 0) for bits, cosine in ((2, 0.9), (3, 0.99), (5, 0.9999))]
+    assert quantize.uniform_at(rows, 3) == pytest.approx(0.99)
+    assert quantize.uniform_at(rows, 4) == pytest.approx(0.999)
+    assert quantize.uniform_at(rows, 6) == pytest.approx(0.99999)
+    assert quantize.uniform_at(rows, 1) == pytest.approx(0.0)
+
+
+def test_goals_and_orders_are_judged() -> None:
+    rows = [
+        Row("uniform", "2 bits", 2, 0.8, 0.5, 5.0),
+        Row("uniform", "8 bits", 8, 0.99, 0.6, 0.4),
+        Row("measured", "avg_bits=4.25", 4.2, 0.95, 0.6, 0.7),
+        Row("measured", "avg_bits=6", 6, 0.90, 0.6, 0.0),
+        Row("LIM", "avg_bits=4.25", 4.2, 0.94, 0.6, 0.7),
+        Row("LIM reversed", "avg_bits=4.25", 4.2, 0.90, 0.6, 0.7),
+        Row("random", "avg_bits=4.25", 4.2, 0.90, 0.6, 0.7),
+        Row("random", "avg_bits=4.25", 4.2, 0.96, 0.6, 0.7),
+    ]
+    # 8 bits lose too much, 4.25 do not; 6 bits are worse than uniform; LIM is better than random on average.
+    assert [met for _, met in quantize.verdicts(rows)] == [False, True, True, False, True]
+
+
+def test_every_order_on_a_tiny_model(tmp_path: Path) -> None:
+    model = tiny_models.sentence_transformer(tmp_path)
+    texts = tiny_models.texts(8)
+    evaluation = quantize.Evaluation(model, [Pair(text, text) for text in texts])
+    settings = list(quantize.settings(model, [5.0], 1))
+    rows = [evaluation.row(setting) for setting in settings]
+    assert {row.order for row in rows} > {"uniform", "measured", "LIM", "LIM reversed", "ZD", "random"}
+    assert all(row.bits <= 5.0 for row in rows if row.name == "avg_bits=5")
+    assert all(np.isfinite([row.cosine, row.mrr, row.lost]).all() for row in rows)
+    eight = next(row for row in rows if row.name == "8 bits")
+    assert eight.cosine > 0.99
+    assert quantize.verdicts(rows)

@@ -8,9 +8,10 @@ import pytest
 pytest.importorskip("sentence_transformers")
 
 import tiny_models
+import torch
 
 from bench import quantize
-from bench.quantize import Row
+from bench.quantize import Row, timing
 from fastembed.demo.corpus import Pair
 
 
@@ -49,3 +50,10 @@ def test_every_order_on_a_tiny_model(tmp_path: Path) -> None:
     eight = next(row for row in rows if row.name == "8 bits")
     assert eight.cosine > 0.99
     assert quantize.verdicts(rows)
+
+
+@pytest.mark.parametrize("name", list(timing.GOALS))
+def test_timed_quantisers_make_layers(name: str) -> None:
+    weight, x = torch.randn(40, 96), torch.randn(64, 96)
+    layer = timing.quantise(name, weight, 4, x)
+    assert (layer.dequantize() - weight).norm() < 0.2 * weight.norm()

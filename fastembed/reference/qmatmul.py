@@ -156,22 +156,30 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     codes = F.pad(codes, (0, -columns % QUAD, 0, -rows % PANEL))
     panels, quads = codes.shape[0] // PANEL, codes.shape[1] // QUAD
-    words = codes.reshape(panels, TILES, LANES, 2, quads, QUAD).permute(0, 4, 1, 2, 3, 5)
-    words = words.flatten(4).long()
-    shifts = bits * torch.arange(8, device=codes.device)
-    words = (words << shifts).sum(dim=-1, keepdim=True)  # fields do not overlap, so the sum is their union
-    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
-    return packed.to(torch.uint8).flatten(2)
+    # Words of eight codes, one plane for each place in the word: [2 * QUAD, panels, quads, TILES, LANES].
+    planes = codes.reshape(panels, TILES, LANES, 2, quads, QUAD).permute(3, 5, 0, 4, 1, 2).flatten(0, 1).contiguous()
+    packed = codes.new_zeros(bits, *planes.shape[1:])
+    for place, plane in enumerate(planes):
+        octet, shift = divmod(bits * place, 8)
+        packed[octet] |= plane << shift
+        if shift + bits > 8:
+            packed[octet + 1] |= plane >> (8 - shift)
+    return packed.permute(1, 2, 3, 4, 0).flatten(2)
 
 
 def unpack_codes(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 [rows, columns]."""
     panels, quads, _ = packed.shape
-    octets = packed.reshape(panels, quads, TILES, LANES, bits).long()
-    words = (octets << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
-    fields = (words >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
-    fields = fields.to(torch.uint8).reshape(panels, quads, TILES, LANES, 2, QUAD)
-    return fields.permute(0, 2, 3, 4, 1, 5).reshape(panels * PANEL, quads * QUAD)[:rows, :columns].contiguous()
+    octets = packed.reshape(panels, quads, TILES, LANES, bits).permute(4, 0, 1, 2, 3).contiguous()
+    planes = packed.new_empty(8, *octets.shape[1:])
+    for place, plane in enumerate(planes):
+        octet, shift = divmod(bits * place, 8)
+        torch.bitwise_right_shift(octets[octet], shift, out=plane)
+        if shift + bits > 8:
+            plane |= octets[octet + 1] << (8 - shift)
+    planes &= (1 << bits) - 1
+    fields = planes.unflatten(0, (2, QUAD)).permute(2, 4, 5, 0, 3, 1)
+    return fields.reshape(panels * PANEL, quads * QUAD)[:rows, :columns].contiguous()
 
 
 def to_panels(values: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""NV-Embed's latent-attention pooling beside its released computation.
+"""NV-Embed's latent-attention pooling beside its released computation, and its relatives: small heads, which are not
+folded, and SigLIP's learned query.
 
 Random weights of the released shapes. The error is 1 - cosine to float64, and the tolerances are the goals: 1e-6 in
 float32, 1e-5 in bfloat16. Peak extra memory is that of the process during one call, weights not counted.
 """
 
+import copy
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
@@ -13,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastembed.integrations.attention_heads import find_attention_heads
 from fastembed.nn import LatentAttentionPooling
 from fastembed.reference.latent import nv_embed_pooling
 
-from . import Case, Context, Faster, Reached, Workload
+from . import Case, Context, Faster, Reached, Workload, optional_import
 from .harness.workload import OURS
+
+siglip = optional_import("transformers.models.siglip.modeling_siglip")
 
 RELEASED = "released, PyTorch SDPA"
 CACHED = "keys and values cached"
@@ -26,11 +31,15 @@ OURS_BF16 = "fastembed, bfloat16"
 TOLERANCE = {RELEASED: 1e-6, CACHED: 1e-6, OURS: 1e-6, OURS_INT8: 1e-3, OURS_BF16: 1e-5}
 HEADS = 8
 BLOCK = "cross_attend_blocks"
+TRANSFORMERS = "transformers"
 
 
 def cases() -> Iterator[Case]:
     yield Case("width 1024, 512 latents, 8 heads of 1024, 4 x 128 tokens", _pooling(1024, 4, 128))
     yield Case("width 4096, 512 latents, 8 heads of 4096, 512 tokens", _pooling(4096, 1, 512))
+    yield Case("not folded: width 1024, 512 latents, 8 heads of 128, 4 x 128 tokens", _not_folded)
+    if siglip is not None:
+        yield Case("learned query: SigLIP's head, width 1152, 16 heads of 72, 8 x 729 tokens", _learned_query)
 
 
 def _pooling(width: int, batch: int, length: int) -> Callable[[Context], Workload]:
@@ -89,10 +98,58 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
     )
 
 
-def _weights(width: int, latents: int) -> dict[str, Tensor]:
-    """A checkpoint whose scores spread as trained ones do, with 8 heads of the width each."""
+def _not_folded(context: Context) -> Workload:
+    """Heads so small that folding would be more arithmetic: PyTorch's own attention, and its share of the limit."""
+    width, latents, head_dim, batch, length = (64, 32, 8, 2, 8) if context.quick else (1024, 512, 128, 4, 128)
+    weights = _weights(width, latents, head_dim)
+    torch.manual_seed(1)
+    x, mask = torch.randn(batch, length, width), torch.ones(batch, length)
+    pooling = LatentAttentionPooling.from_nv_embed(weights, HEADS)
+    expected = _in_double(x, weights)
+    operations = pooling.arithmetic(batch * length, batch)["folded"]
+    return Workload(
+        providers={
+            OURS: _without_gradients(lambda: pooling(x, mask)),
+            RELEASED: _without_gradients(lambda: nv_embed_pooling(x, mask, weights, HEADS)),
+        },
+        verify=lambda _, result: float(1 - F.cosine_similarity(result.double(), expected).min()),
+        tolerance=TOLERANCE[OURS],
+        amount=operations,
+        unit="op",
+        demands={"float32": operations},
+        goals=[Faster(RELEASED, 1.3)],
+    )
+
+
+def _learned_query(context: Context) -> Workload:
+    """The pooling head of SigLIP so400m on the patches of 384 x 384 pixels."""
+    width, heads, batch, length = (32, 2, 2, 8) if context.quick else (1152, 16, 8, 729)
     torch.manual_seed(0)
-    inner, hidden = HEADS * width, 4 * width
+    config = siglip.SiglipVisionConfig(  # type: ignore[union-attr]
+        hidden_size=width, intermediate_size=width * 4304 // 1152, num_attention_heads=heads
+    )
+    theirs = siglip.SiglipMultiheadAttentionPoolingHead(config).eval()  # type: ignore[union-attr]
+    (head,) = find_attention_heads(torch.nn.Sequential(theirs))
+    ours = head.pooling.eval()
+    x = torch.randn(batch, length, width)
+    with torch.no_grad():
+        expected = copy.deepcopy(theirs).double()(x.double())
+    operations = ours.arithmetic(batch * length, batch)["folded"]
+    return Workload(
+        providers={OURS: _without_gradients(lambda: ours(x)), TRANSFORMERS: _without_gradients(lambda: theirs(x))},
+        verify=lambda _, result: float(1 - F.cosine_similarity(result.double(), expected).min()),
+        tolerance=TOLERANCE[OURS],
+        amount=operations,
+        unit="op",
+        demands={"float32": operations},
+        goals=[Faster(TRANSFORMERS, 4.0)],
+    )
+
+
+def _weights(width: int, latents: int, head_dim: int | None = None) -> dict[str, Tensor]:
+    """A checkpoint whose scores spread as trained ones do, with 8 heads, of the width each if nothing else is said."""
+    torch.manual_seed(0)
+    inner, hidden = HEADS * (head_dim or width), 4 * width
     shapes = {
         "latents": (latents, width),
         f"{BLOCK}.0.fn.to_q.weight": (inner, width),

@@ -120,6 +120,22 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
                 assert torch.equal(module(x[row : row + 1], mask[row : row + 1])[0], together[row])
 
 
+def test_learned_queries_do_not_depend_on_their_batch() -> None:
+    for latents in (1, 3):
+        torch.manual_seed(0)
+        module = _relative(latents, qkv_bias=True, ffn="gelu_tanh", reduce="flatten").float()
+        assert module.folds()
+        x, _ = _batch(torch.float32, rows=11)
+        mask = torch.rand(11, 9) < 0.7
+        mask[0], mask[1, :4], mask[2, 5:] = True, False, False
+        with torch.no_grad():
+            together = module(x, mask)
+            for row in range(11):
+                kept = x[row : row + 1, mask[row]]
+                assert torch.equal(module(kept)[0], together[row])
+                assert torch.equal(module(x[row : row + 1], mask[row : row + 1])[0], together[row])
+
+
 def test_arithmetic_of_nv_embed() -> None:
     with torch.device("meta"):
         module = LatentAttentionPooling(4096, 512, 8, 4096)

@@ -1,5 +1,6 @@
 """LatentAttentionPooling: NV-Embed's pooling by attention to latents, and its relatives."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ _NV_EMBED_PREFIX = "latent_attention_model."
 _TRAINING_TILE = 512
 # Hidden features of the feed-forward that are folded, or multiplied when quantised, together.
 _HIDDEN_CHUNK = 2048
+# Rows that a matrix product takes in whole blocks of so many round alike, wherever they stand.
+_BLOCK_ROWS = 8
 
 
 class _Layer(nn.Module):
@@ -133,6 +136,7 @@ class _FoldedQueries:
     score_weight: Tensor
     value_weight: Tensor  # [H, d_h, D]
     value_bias: Tensor  # [H * d_h]
+    projected: Tensor  # [L, H * d_h], the latents as queries
 
 
 class LatentAttentionPooling(nn.Module):
@@ -341,7 +345,7 @@ class LatentAttentionPooling(nn.Module):
         """Pool; see the class for shapes."""
         keep = self._check(hidden_states, attention_mask)
         if self.direction == "latents_q":
-            pooled = self._pool_by_latents(hidden_states, keep)
+            pooled = self._pool_by_latents(hidden_states, None if attention_mask is None else keep)
         elif self.reduce == "all":
             return self._every_token(hidden_states, keep).to(hidden_states.dtype)
         else:
@@ -465,14 +469,14 @@ class LatentAttentionPooling(nn.Module):
         z = layer.feed_forward(layer.attention(rows, *self._kept_keys_values(layer)))
         return F.normalize(z, dim=-1) if self.normalize else z
 
-    def _pool_by_latents(self, hidden_states: Tensor, keep: Tensor) -> Tensor:
-        x = torch.where(keep[..., None], hidden_states, 0).to(self.latents.dtype)
+    def _pool_by_latents(self, hidden_states: Tensor, keep: Tensor | None) -> Tensor:
         folded = self._fold_if_it_pays(hidden_states)
-        if folded is None or not len(x):
-            latents = self._attend_by_latents(x, keep)
+        if folded is None or not len(hidden_states):
+            latents = self._attend_by_latents(hidden_states, keep)
         else:
-            latents = torch.stack([self._attend_folded(row[kept], folded) for row, kept in zip(x, keep, strict=True)])
-            latents = self._layer(0).feed_forward(latents)
+            rows = _kept_tokens(hidden_states, keep)
+            latents = torch.stack([self._attend_folded(_aligned(row.to(self.latents.dtype)), folded) for row in rows])
+            latents = _by_fixed_blocks(self._layer(0).feed_forward, latents)
         latents = self.norm_final(latents)
         reduced = {
             "first": lambda: latents[:, 0],
@@ -480,10 +484,15 @@ class LatentAttentionPooling(nn.Module):
             "flatten": lambda: latents.flatten(1),
             "all": lambda: latents,
         }[self.reduce]()
+        if keep is None:
+            return reduced if hidden_states.shape[1] else torch.zeros_like(reduced)
         empty = ~keep.any(dim=1)
         return reduced.masked_fill(empty.reshape(-1, *[1] * (reduced.dim() - 1)), 0)
 
-    def _attend_by_latents(self, x: Tensor, keep: Tensor) -> Tensor:
+    def _attend_by_latents(self, hidden_states: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None:
+            keep = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+        x = torch.where(keep[..., None], hidden_states, 0).to(self.latents.dtype)
         latents = self.latents.expand(len(x), -1, -1)
         # A row without tokens attends to its padding, zeros, and is overwritten.
         keep = keep | ~keep.any(dim=1, keepdim=True)
@@ -512,7 +521,7 @@ class LatentAttentionPooling(nn.Module):
         weights = (folded.score_weight @ rows.T).softmax(dim=-1)
         pooled = (weights @ rows).unflatten(0, (self.heads, -1))
         attended = (pooled @ folded.value_weight.transpose(1, 2)).transpose(0, 1).flatten(1) + folded.value_bias
-        return layer.after_attention(attended, self.latents, layer.to_q(layer.norm_q(self.latents)))
+        return layer.after_attention(attended, self.latents, folded.projected)
 
     # ---- folding -----------------------------------------------------------------------------------------------------
 
@@ -698,7 +707,12 @@ class LatentAttentionPooling(nn.Module):
             scores = scores * gain
             constant = constant + value_weight @ shift
             value_weight = value_weight * gain
-        return _FoldedQueries(scores.to(low), value_weight.unflatten(0, (self.heads, -1)).to(low), constant.to(low))
+        return _FoldedQueries(
+            scores.to(low),
+            value_weight.unflatten(0, (self.heads, -1)).to(low),
+            constant.to(low),
+            layer.to_q(layer.norm_q(self.latents)),
+        )
 
     # ---- nn.Module ---------------------------------------------------------------------------------------------------
 
@@ -721,6 +735,40 @@ class LatentAttentionPooling(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"dim={self.dim}, latents={len(self.latents)}, heads={self.heads}, head_dim={self.head_dim}"
         return f"{sizes}, direction={self.direction!r}, reduce={self.reduce!r}, normalize={self.normalize}"
+
+
+def _kept_tokens(hidden_states: Tensor, keep: Tensor | None) -> list[Tensor]:
+    """The tokens of each sequence [B, T, D] that are kept, as views where they stand side by side."""
+    if keep is None:
+        return list(hidden_states)
+    counts = keep.sum(dim=1)
+    firsts = keep.int().argmax(dim=1)
+    lasts = keep.shape[1] - 1 - keep.flip(1).int().argmax(dim=1)
+    spans = torch.stack([firsts, lasts + 1, counts], dim=1).tolist()
+    return [
+        row[first:end] if end - first == count else row[kept]
+        for row, kept, (first, end, count) in zip(hidden_states, keep, spans, strict=True)
+    ]
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The same in memory that begins at a cache line, on which too the rounding of a matrix product depends."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or rows.data_ptr() % 64 == 0:
+        return rows
+    return rows.clone()
+
+
+def _by_fixed_blocks(layer: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """`layer` of latents [B, L, D], by blocks of as few sequences as have a multiple of 8 rows, filled up at the end.
+
+    How a matrix product rounds a row depends on how many rows it has and on whether the row stands among those that
+    fill no block, and a sequence's result must not depend on its batch.
+    """
+    if torch.is_grad_enabled():
+        return layer(latents)
+    block = _BLOCK_ROWS // math.gcd(_BLOCK_ROWS, latents.shape[1])
+    blocks = [F.pad(part, (0, 0, 0, 0, 0, block - len(part))) for part in latents.split(block)]
+    return torch.cat([layer(part) for part in blocks])[: len(latents)]
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
+#include "common/first.hpp"
 #include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/search.hpp"
@@ -116,13 +116,11 @@ void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, const floa
 int64_t sdc_encode(const float* x, int64_t rows, int64_t dim, int bits, uint8_t* codes, float* inverse_norms,
                    int threads) {
   const int64_t bytes = bits * ceil_div(dim, 8);
-  std::atomic<int64_t> first_bad{rows};
+  First bad;
   for_rows(rows, threads, [&](int64_t row) {
-    if (encode_row(x + row * dim, dim, bits, codes + row * bytes, inverse_norms + row)) return;
-    for (int64_t known = first_bad; row < known && !first_bad.compare_exchange_weak(known, row);) {
-    }
+    if (!encode_row(x + row * dim, dim, bits, codes + row * bytes, inverse_norms + row)) bad.offer(row);
   });
-  return first_bad == rows ? -1 : first_bad.load();
+  return bad.index();
 }
 
 }  // namespace fastembed::search

@@ -1,10 +1,10 @@
 #include "search/fde.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
+#include "common/first.hpp"
 #include "common/threading.hpp"
 #include "search/project.hpp"
 
@@ -184,18 +184,14 @@ class Encoder {
 int64_t fde(const float* tokens, const int64_t* offsets, int64_t sequences, const FDEMatrices& matrices, bool documents,
             float* out, int threads) {
   const Prepared prepared(matrices);
-  const int64_t end = offsets[sequences];
-  std::atomic<int64_t> first_bad{end};
+  First bad_token;
   parallel_for(sequences, threads, [&](int64_t i) {
     thread_local Encoder encoder;
     const int64_t bad = encoder.encode(prepared, tokens + offsets[i] * matrices.dim, offsets[i + 1] - offsets[i],
                                        documents, out + i * matrices.final_dim);
-    if (bad == none) return;
-    const int64_t token = offsets[i] + bad;
-    for (int64_t known = first_bad; token < known && !first_bad.compare_exchange_weak(known, token);) {
-    }
+    if (bad != none) bad_token.offer(offsets[i] + bad);
   });
-  return first_bad == end ? none : first_bad.load();
+  return bad_token.index();
 }
 
 }  // namespace fastembed::search

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/first.hpp"
 #include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/scalar_codes.hpp"
@@ -336,16 +337,15 @@ int64_t scalar_encode(const ScalarEncoder& encoder, const void* x, DType dtype, 
   const int workers = team_size(rows, threads);
   std::vector<Scratch> scratch;
   for (int worker = 0; worker < workers; ++worker) scratch.emplace_back(encoder.dim);
-  std::atomic<int64_t> next{0}, first_bad{rows};
+  std::atomic<int64_t> next{0};
+  First bad;
   parallel_for(workers, workers, [&](int64_t worker) {
     for (int64_t row; (row = next.fetch_add(1)) < rows;) {
       load(x, dtype, row * encoder.dim, scratch[worker].values);
-      if (encode_row(encoder, scratch[worker], codes + row * bytes, factors + row * scalar_factors)) continue;
-      for (int64_t known = first_bad; row < known && !first_bad.compare_exchange_weak(known, row);) {
-      }
+      if (!encode_row(encoder, scratch[worker], codes + row * bytes, factors + row * scalar_factors)) bad.offer(row);
     }
   });
-  return first_bad == rows ? -1 : first_bad.load();
+  return bad.index();
 }
 
 }  // namespace fastembed::search

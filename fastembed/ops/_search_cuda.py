@@ -42,7 +42,7 @@ def sdc_topk(
     ids: Tensor | None = None,
     ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fastembed.sdc_topk`. Codes of 8 bits run as their reference."""
+    """See `fastembed.sdc_topk`. Codes of more than 4 bits run as their reference."""
     arguments = (queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
     if bits > _MOST_BITS:
         return reference.sdc_topk(*arguments)

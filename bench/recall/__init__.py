@@ -72,7 +72,7 @@ def table(queries: np.ndarray, documents: np.ndarray, epochs: int = 8, progress:
         return Row(method, stored_bytes, labelled, labelled / best, overlap)
 
     rows = [row("float32", 4 * documents.shape[1], truth)]
-    for method, stored_bytes, search in (*_ours(split, epochs, progress), *_faiss(split)):
+    for method, stored_bytes, search in (*_ours(split, epochs, progress), *_scalar(split), *_faiss(split)):
         rows.append(row(method, stored_bytes, search(K)))
         rescored = fastembed.rescore(split.asked, split.documents, search(CANDIDATES), K)[1]
         rows.append(row(f"{method}, {CANDIDATES} re-scored", stored_bytes, rescored))
@@ -97,6 +97,17 @@ def _of_codes(name: str, codes: fastembed.SDCCodes, asked: fastembed.SDCCodes) -
     # With 1 bit every norm is the same and need not be stored.
     stored = codes.nbytes // len(codes) if codes.bits > 1 else codes.codes.shape[1]
     return name, stored, lambda k: fastembed.sdc_topk(asked, codes, k)[1]
+
+
+def _scalar(split: Split) -> Iterator[Method]:
+    for bits in (1, 2, 4):
+        for name, method in (("RaBitQ", "rabitq"), ("optimised scalar", "osq")):
+            quantizer = fastembed.ScalarQuantizer.fit(split.seen, bits, method=method)
+            codes, asked = quantizer.encode(split.documents), quantizer.encode_queries(split.asked)
+            yield (
+                *(f"{name}, {bits} bit", codes.nbytes // len(codes)),
+                lambda k, asked=asked, codes=codes: fastembed.scalar_topk(asked, codes, k)[1],
+            )
 
 
 def _faiss(split: Split) -> Iterator[Method]:

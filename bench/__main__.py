@@ -26,11 +26,14 @@ def main() -> None:
         sys.exit(f"bench: --threads must be at least 1, got {min(arguments.threads)}")
     environment.require_device(arguments.device)
     thread_counts = arguments.threads if arguments.device == "cpu" else [os.cpu_count() or 1]
+    plot = None
     if arguments.family == "limits":
         measured = {count: limits.measure(count, arguments.device, arguments.quick) for count in thread_counts}
         results = runner.Results([], [], measured)
     else:
-        cases = list(importlib.import_module(f"bench.{arguments.family}").cases())
+        family = importlib.import_module(f"bench.{arguments.family}")
+        plot = getattr(family, "plot", None)
+        cases = list(family.cases())
         cases = [case for case in cases if arguments.case.search(case.name) and (case.quick or not arguments.quick)]
         if not cases:
             sys.exit(f"bench: no case of {arguments.family} matches {arguments.case.pattern!r}")
@@ -43,7 +46,7 @@ def main() -> None:
     output = arguments.output or (None if arguments.quick else RESULTS)
     if output is not None:
         stem = arguments.family if arguments.device == "cpu" else f"{arguments.family}-{arguments.device}"
-        report.write_all(output, stem, results, circumstances)
+        report.write_all(output, stem, results, circumstances, plot)
         print(f"\nwritten to {os.path.relpath(output)}/{stem}.*")
 
 

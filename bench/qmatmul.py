@@ -1,10 +1,10 @@
-"""Low-bit linear layers beside PyTorch's, ONNX Runtime's and ggml's at the same bits.
+"""Low-bit linear layers beside PyTorch's, ONNX Runtime's, ggml's and auto-round-lib's at the same bits.
 
 The linear layers of real text encoders (MiniLM: 384 and 1536; BERT-base: 768 and 3072; BERT-large: 1024 and 4096; and
-4096 x 4096), from one token to a large batch, at 2 to 8 bits in groups of 64 and 128. All of it takes hours: pick with
-`--case`, as in `--case ' 4-bit, .*groups of 64'`. Weights and activations are Gaussian; the error is relative to the
-float64 layer, so it holds the rounding of the weights as well as that of the activations, and differs by bits rather
-than by library. ONNX Runtime's dynamic int8 has 8-bit weights per output feature and one activation scale per tensor.
+4096 x 4096), from one token to a large batch. Two of them at every width, the others at 4 and 8 bits; a quarter of an
+hour with `--seconds 0.1`. Weights and activations are Gaussian; the error is relative to the float64 layer, so it holds
+the rounding of the weights as well as that of the activations, and differs by bits rather than by library. ONNX
+Runtime's dynamic int8 has 8-bit weights per output feature and one activation scale per tensor.
 
 Cases "from memory" go through copies of a layer that no last-level cache holds, one call each in turn. "bare kernel" is
 the core called with nothing left to check or to allocate.
@@ -15,7 +15,8 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -24,26 +25,23 @@ from torch import Tensor, nn
 from fastembed.nn import QuantLinear
 
 from . import Case, Context, Faster, OfLimit, Workload, optional_import
-from .peers import ggml
+from ._qmatmul_plot import plot as plot
+from .peers import auto_round, ggml
 
 onnx = optional_import("onnx")
 onnxruntime = optional_import("onnxruntime")
 
-SHAPES = (
-    (384, 384),
-    (1536, 384),
-    (384, 1536),
-    (3072, 768),
-    (4096, 1024),
-    (4096, 4096),
-)  # out_features, in_features
-ROWS = (1, 8, 64, 512, 2048)
+# out_features, in_features
+SHAPES = ((384, 384), (1536, 384), (384, 1536), (3072, 768), (4096, 1024), (4096, 4096))
+EVERY_WIDTH = ((1536, 384), (4096, 1024))
 BITS = (2, 3, 4, 5, 6, 7, 8)
-GROUP_SIZES = (64, 128)
+FEW_BITS = (4, 8)
+MOST_ROWS = 2048
 QUICK_FEATURES, QUICK_ROWS = 256, 8
-QUICK_BITS = (4, 8)
 MEMORY_SHAPE, MEMORY_BITS = (4096, 1024), (2, 4, 8)
 MEMORY_BYTES = 1 << 28
+# Operations of a call above which three rounds have to do.
+LONG_CALL = 1 << 33
 
 # Relative errors that the bits explain: 4-bit round-to-nearest in groups is near 0.1 on Gaussian weights.
 TOLERANCE = {
@@ -69,20 +67,23 @@ Providers = Iterator[tuple[str, int, Provider]]  # name, bits of the weights, ca
 
 
 def cases() -> Iterator[Case]:
-    for (n, k), rows, bits, group_size in itertools.product(SHAPES, ROWS, BITS, GROUP_SIZES):
-        name = f"{n}x{k}, {_tokens(rows)}, {bits}-bit, groups of {group_size}"
-        quick = (n, k) == SHAPES[0] and rows in (1, 64) and bits in QUICK_BITS and group_size == GROUP_SIZES[0]
-        yield Case(
-            name,
-            partial(_int8_workload, n=n, k=k, rows=rows, bits=bits, group_size=group_size),
-            quick,
-        )
-    for (n, k), rows in itertools.product(SHAPES, ROWS):
+    for n, k in SHAPES:
+        widths, rows = (BITS, (1, 8, 64, 512)) if (n, k) in EVERY_WIDTH else (FEW_BITS, (1, 64, 512))
+        products = [
+            *itertools.product(rows, widths, [64]),
+            *itertools.product((64, 512), widths, [128]),
+            *itertools.product([MOST_ROWS], FEW_BITS, [64]),
+        ]
+        for tokens, bits, group_size in products:
+            name = f"{n}x{k}, {_tokens(tokens)}, {bits}-bit, groups of {group_size}"
+            setup = partial(_int8_workload, n=n, k=k, rows=tokens, bits=bits, group_size=group_size)
+            yield Case(name, setup, quick=(n, k) == SHAPES[0] and tokens < 512 and group_size == 64)
+    for (n, k), rows in itertools.product(EVERY_WIDTH, (1, 8, 512)):
         name = f"{n}x{k}, {_tokens(rows)}, 4-bit, float activations in bfloat16"
-        yield Case(name, partial(_float_workload, n=n, k=k, rows=rows), (n, rows) == (384, 1))
+        yield Case(name, partial(_float_workload, n=n, k=k, rows=rows), quick=(n, rows) == (1536, 1))
     for bits in MEMORY_BITS:
         name = f"{MEMORY_SHAPE[0]}x{MEMORY_SHAPE[1]}, 1 token, {bits}-bit, from memory"
-        yield Case(name, partial(_memory_workload, bits=bits), bits == MEMORY_BITS[0])
+        yield Case(name, partial(_memory_workload, bits=bits), quick=bits == MEMORY_BITS[0])
 
 
 def _tokens(rows: int) -> str:
@@ -90,7 +91,8 @@ def _tokens(rows: int) -> str:
 
 
 def _int8_workload(context: Context, n: int, k: int, rows: int, bits: int, group_size: int) -> Workload:
-    linear, x = _layer_and_input(context, n, k, rows)
+    problem = _problem(context.quick, n, k, rows)
+    linear, x = problem.linear, problem.x
     layer = QuantLinear.from_linear(linear, bits=bits, group_size=group_size)
     providers = [("fastembed", bits, _inference(layer, x))]
     if rows == 1:
@@ -98,6 +100,7 @@ def _int8_workload(context: Context, n: int, k: int, rows: int, bits: int, group
     peers = [
         *_onnx_peers(linear, x, bits, group_size, context.threads),
         *_ggml_peers(linear, x, bits, context.threads),
+        *_auto_round_peers(linear, x, bits, group_size, context.threads),
     ]
     providers += [*peers, *_int8_peers(linear, x, context.threads)]
     if x.shape[0] >= 64:
@@ -110,11 +113,12 @@ def _int8_workload(context: Context, n: int, k: int, rows: int, bits: int, group
             Faster(INT8, 1.0),
             *(Faster(name, ONE_TOKEN[bits]) for name, *_ in peers),
         ]
-    return _workload(linear, x, providers, goals)
+    return _workload(problem, providers, goals)
 
 
 def _float_workload(context: Context, n: int, k: int, rows: int) -> Workload:
-    linear, x = _layer_and_input(context, n, k, rows)
+    problem = _problem(context.quick, n, k, rows)
+    linear, x = problem.linear, problem.x
     half = copy.deepcopy(linear).bfloat16()
     layer = QuantLinear.from_linear(linear, bits=4, activations="float")
     providers = [
@@ -124,46 +128,51 @@ def _float_workload(context: Context, n: int, k: int, rows: int) -> Workload:
         ("torch float32", 32, _inference(linear, x)),
     ]
     return _workload(
-        linear,
-        x,
+        problem,
         providers,
         [Faster("torch bfloat16", 0.9), Faster("torch float32", 1.0)],
     )
 
 
 def _memory_workload(context: Context, bits: int) -> Workload:
-    linear, x = _layer_and_input(context, *MEMORY_SHAPE, 1)
+    problem = _problem(context.quick, *MEMORY_SHAPE, 1)
+    linear, x = problem.linear, problem.x
     layer = QuantLinear.from_linear(linear, bits=bits, group_size=128)
     count = 2 if context.quick else -(-MEMORY_BYTES // layer.nbytes)
     layers = itertools.cycle([copy.deepcopy(layer) for _ in range(count)])
 
     def call() -> Tensor:
-        with torch.inference_mode():
-            return next(layers)(x)
+        return next(layers)(x)
 
-    workload = _workload(linear, x, [("fastembed", bits, call)], [OfLimit(0.8)])
+    workload = _workload(problem, [("fastembed", bits, call)], [OfLimit(0.8)])
     return dataclasses.replace(workload, demands={"read": float(layer.nbytes)})
 
 
-def _layer_and_input(context: Context, n: int, k: int, rows: int) -> tuple[nn.Linear, Tensor]:
-    if context.quick:
+@dataclass(frozen=True)
+class _Problem:
+    linear: nn.Linear
+    x: Tensor
+    expected: Tensor  # float64
+
+
+@lru_cache(maxsize=1)
+def _problem(quick: bool, n: int, k: int, rows: int) -> _Problem:
+    """One for all widths of a shape: the float64 product of a large one takes seconds."""
+    if quick:
         n = k = QUICK_FEATURES
         rows = min(rows, QUICK_ROWS)
     torch.manual_seed(0)
     linear = nn.Linear(k, n).eval().requires_grad_(False)
     nn.init.normal_(linear.weight, std=k**-0.5)
-    return linear, torch.randn(rows, k)
+    x = torch.randn(rows, k)
+    return _Problem(linear, x, nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()))
 
 
 def _workload(
-    linear: nn.Linear,
-    x: Tensor,
-    providers: list[tuple[str, int, Provider]],
-    goals: list[Faster | OfLimit],
-    limit: str = "int8",
+    problem: _Problem, providers: list[tuple[str, int, Provider]], goals: list[Faster | OfLimit], limit: str = "int8"
 ) -> Workload:
+    linear, x, expected = problem.linear, problem.x, problem.expected
     bias = linear.bias.double()
-    expected = nn.functional.linear(x.double(), linear.weight.double(), bias)
 
     def verify(name: str, y: Tensor) -> float:
         y = y.double() + bias if name.startswith("ggml") else y.double()  # its product has no bias
@@ -178,15 +187,13 @@ def _workload(
         unit="op",
         demands={limit: operations},
         goals=goals,
+        rounds=3 if operations > LONG_CALL else 7,
     )
 
 
 def _inference(module: nn.Module, x: Tensor) -> Provider:
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
+    """Without a context for inference around every call, which users put around a model: nothing here has gradients."""
+    return partial(module, x)
 
 
 def _bare_call(layer: QuantLinear, x: Tensor, threads: int) -> Provider:
@@ -225,6 +232,11 @@ def _onnx_peers(linear: nn.Linear, x: Tensor, bits: int, group_size: int, thread
 def _ggml_peers(linear: nn.Linear, x: Tensor, bits: int, threads: int) -> Providers:
     if (kind := ggml.kind_for(bits, linear.in_features)) is not None:
         yield f"ggml {kind}", bits, ggml.linear(linear.weight, x, kind, threads)
+
+
+def _auto_round_peers(linear: nn.Linear, x: Tensor, bits: int, group_size: int, threads: int) -> Providers:
+    if auto_round.takes(threads):
+        yield "auto-round-lib", bits, auto_round.linear(linear, x, bits, group_size)
 
 
 def _onnx_call(model: bytes, x: Tensor, threads: int) -> Provider:

@@ -22,6 +22,7 @@ PEERS = (
     "turbovec",
     "onnxruntime",
     "xllamacpp",
+    "auto-round-lib",
     "numpy",
     "triton",
 )

@@ -1,6 +1,7 @@
 """Results as a table on the terminal, csv, markdown and a plot."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,8 @@ from .workload import OURS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+Plot = Callable[[Path, Results, dict[str, str]], None]
 
 COLUMNS = (
     "case",
@@ -80,12 +83,17 @@ def print_all(family: str, results: Results, circumstances: dict[str, str]) -> N
         _print_aligned([header, *lines])
 
 
-def write_all(folder: Path, stem: str, results: Results, circumstances: dict[str, str]) -> None:
-    """Write <stem>.csv, <stem>.md and, where anything was timed, but not too much of it, <stem>.png."""
+def write_all(
+    folder: Path, stem: str, results: Results, circumstances: dict[str, str], plot: Plot | None = None
+) -> None:
+    """Write <stem>.csv, <stem>.md and <stem>.png: the family's own `plot`, or else, where anything was timed, but not
+    too much of it, bars of every case."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / f"{stem}.csv", results, circumstances)
     _write_markdown(folder / f"{stem}.md", stem, results, circumstances)
-    if 0 < len({row.case for row in results.measurements}) <= MOST_PLOTTED:
+    if plot is not None:
+        plot(folder / f"{stem}.png", results, circumstances)
+    elif 0 < len({row.case for row in results.measurements}) <= MOST_PLOTTED:
         _plot(folder / f"{stem}.png", stem, results, circumstances)
 
 

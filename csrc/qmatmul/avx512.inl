@@ -201,3 +201,21 @@ constexpr int tile_vectors = 2;  // of 16 output features
 constexpr int64_t block_columns = tile_vectors * tile_width;
 
 #include "qmatmul/blocked.inl"
+
+// The float sums of a tile, [Rows, block_columns] in memory.
+template <int Rows>
+INLINE void load_totals(const float* from, __m512 (&total)[Rows][tile_vectors]) {
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      total[r][t] = _mm512_load_ps(from + r * block_columns + t * tile_width);
+    }
+  }
+}
+template <int Rows>
+INLINE void store_totals(const __m512 (&total)[Rows][tile_vectors], float* to) {
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      _mm512_store_ps(to + r * block_columns + t * tile_width, total[r][t]);
+    }
+  }
+}

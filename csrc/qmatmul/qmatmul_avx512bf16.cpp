@@ -77,11 +77,7 @@ INLINE __m512 add_products(__m512 sum, __m512i weights, __m512i a) {
 template <int Rows>
 void multiply_tile(const Panel& panel, const Block& block, const BFloat16Tokens& tokens, int64_t row, float* totals) {
   __m512 total[Rows][tile_vectors];
-  UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      total[r][t] = _mm512_load_ps(totals + r * block_columns + t * tile_width);
-    }
-  }
+  load_totals(totals, total);
   const __m512i* weights = static_cast<const __m512i*>(block.weights);
   const uint16_t* x = tokens.values + row * tokens.stride + block.first_quad * quad;
   const int64_t first_group = block.first_quad / panel.group_quads;
@@ -112,11 +108,7 @@ void multiply_tile(const Panel& panel, const Block& block, const BFloat16Tokens&
       }
     }
   }
-  UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      _mm512_store_ps(totals + r * block_columns + t * tile_width, total[r][t]);
-    }
-  }
+  store_totals(total, totals);
 }
 
 constexpr MultiplyTile<BFloat16Tokens> multiply_tile_of[tile_rows + 1] = {

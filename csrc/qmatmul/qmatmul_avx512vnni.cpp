@@ -225,11 +225,7 @@ void unpack_block(const Panel& panel, const Block& block) {
 template <int Rows, Rest rest>
 void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
   __m512 total[Rows][tile_vectors];
-  UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      total[r][t] = _mm512_load_ps(totals + r * block_columns + t * tile_width);
-    }
-  }
+  load_totals(totals, total);
   const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
   const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
   const int64_t first_group = block.first_quad / panel.group_quads;
@@ -270,11 +266,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       }
     }
   }
-  UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      _mm512_store_ps(totals + r * block_columns + t * tile_width, total[r][t]);
-    }
-  }
+  store_totals(total, totals);
 }
 
 template <Rest rest>

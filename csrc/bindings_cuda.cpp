@@ -7,12 +7,14 @@
 namespace py = pybind11;
 
 // One per family, in csrc/<family>/bindings_cuda.cpp.
+void bind_latent_cuda(py::module_& m);
 void bind_pooling_cuda(py::module_& m);
 void bind_qmatmul_cuda(py::module_& m);
 void bind_search_cuda(py::module_& m);
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &fastembed::cuda::device_count, "CUDA devices the driver offers; 0 without a driver.");
+  bind_latent_cuda(m);
   bind_pooling_cuda(m);
   bind_qmatmul_cuda(m);
   bind_search_cuda(m);

@@ -4,7 +4,38 @@ _Mask: TypeAlias = tuple[int, int, int, int, int, int]
 _Offsets: TypeAlias = tuple[int, int, bool]
 _Exit: TypeAlias = tuple[int, int, int, list[tuple[int, int]]]
 
+latent_forward_columns: int
+latent_backward_columns: int
+
 def device_count() -> int: ...
+def latent_attention(
+    dtype: int,
+    sizes: list[int],
+    query: list[int],
+    key: list[int],
+    value: list[int],
+    keep: list[int],
+    scale: float,
+    out: int,
+    lse: int,
+    stream: int,
+) -> None: ...
+def latent_attention_backward(
+    dtype: int,
+    sizes: list[int],
+    query: list[int],
+    key: list[int],
+    value: list[int],
+    keep: list[int],
+    scale: float,
+    grad: list[int],
+    lse: int,
+    deltas: int,
+    query_grad: int,
+    key_grad: int,
+    value_grad: int,
+    stream: int,
+) -> None: ...
 def pool_exits(
     exits: list[_Exit],
     sequences: int,

@@ -33,26 +33,37 @@ FASTEMBED_MMA(mma_b1_and, "m16n8k256.row.col", ".s32.b1.b1.s32.and.popc", int, "
 
 #undef FASTEMBED_MMA
 
+#define FASTEMBED_LDMATRIX(name, transposed)                                                        \
+  template <int matrices>                                                                           \
+  __device__ inline void name(uint32_t (&registers)[matrices], const void* row) {                   \
+    static_assert(matrices == 1 || matrices == 2 || matrices == 4);                                 \
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));                      \
+    if constexpr (matrices == 1) {                                                                  \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x1" transposed ".shared.b16 {%0}, [%1];"             \
+                   : "=r"(registers[0])                                                             \
+                   : "r"(address)                                                                   \
+                   : "memory");                                                                     \
+    } else if constexpr (matrices == 2) {                                                           \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2" transposed ".shared.b16 {%0, %1}, [%2];"         \
+                   : "=r"(registers[0]), "=r"(registers[1])                                         \
+                   : "r"(address)                                                                   \
+                   : "memory");                                                                     \
+    } else {                                                                                        \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                   : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3]) \
+                   : "r"(address)                                                                   \
+                   : "memory");                                                                     \
+    }                                                                                               \
+  }
+
 // Loads `matrices` matrices of 8 rows of 16 bytes from shared memory: lane 8 * m + i names row i of matrix m by its
 // address, aligned to 16 bytes, and registers[m] gets 4 bytes of matrix m: row lane / 4, from byte 4 * (lane % 4) on.
 // Addresses in lanes past 8 * matrices are not used.
-template <int matrices>
-__device__ inline void load_matrices(uint32_t (&registers)[matrices], const void* row) {
-  static_assert(matrices == 1 || matrices == 2 || matrices == 4);
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (matrices == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
-  } else if constexpr (matrices == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(registers[0]), "=r"(registers[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
+FASTEMBED_LDMATRIX(load_matrices, "")
+// The same, but registers[m] gets two elements of 16 bits of column lane / 4: those of rows 2 * (lane % 4) and the
+// next.
+FASTEMBED_LDMATRIX(load_matrices_transposed, ".trans")
+
+#undef FASTEMBED_LDMATRIX
 
 }  // namespace fastembed::device

@@ -94,8 +94,8 @@ CUDA_ON_CPU_MMA(mma_b1_and, int, [](uint32_t x, uint32_t y) { return std::popcou
 #undef CUDA_ON_CPU_MMA
 
 // The lanes exchange the rows' addresses; each then reads for itself, so that the sanitizers see whose access it is.
-template <int matrices>
-void load_matrices(uint32_t (&registers)[matrices], const void* row, CUDA_ON_CPU_SITE) {
+template <bool transposed, int matrices>
+void simulate_ldmatrix(uint32_t (&registers)[matrices], const void* row, cuda_on_cpu::Site site) {
   static_assert(matrices == 1 || matrices == 2 || matrices == 4);
   struct Rows {
     const void* of_lane[32];
@@ -113,9 +113,27 @@ void load_matrices(uint32_t (&registers)[matrices], const void* row, CUDA_ON_CPU
       });
   const int lane = static_cast<int>(cuda_on_cpu::lane());
   for (int matrix = 0; matrix < matrices; ++matrix) {
-    const auto* address = static_cast<const char*>(rows.of_lane[8 * matrix + lane / 4]) + 4 * (lane % 4);
-    std::memcpy(&registers[matrix], address, 4);
+    if constexpr (transposed) {
+      uint16_t pair[2];
+      for (int i = 0; i < 2; ++i) {
+        const void* const source = rows.of_lane[8 * matrix + 2 * (lane % 4) + i];
+        std::memcpy(&pair[i], static_cast<const char*>(source) + 2 * (lane / 4), 2);
+      }
+      std::memcpy(&registers[matrix], pair, 4);
+    } else {
+      const auto* address = static_cast<const char*>(rows.of_lane[8 * matrix + lane / 4]) + 4 * (lane % 4);
+      std::memcpy(&registers[matrix], address, 4);
+    }
   }
+}
+
+template <int matrices>
+void load_matrices(uint32_t (&registers)[matrices], const void* row, CUDA_ON_CPU_SITE) {
+  simulate_ldmatrix<false>(registers, row, site);
+}
+template <int matrices>
+void load_matrices_transposed(uint32_t (&registers)[matrices], const void* row, CUDA_ON_CPU_SITE) {
+  simulate_ldmatrix<true>(registers, row, site);
 }
 
 }  // namespace fastembed::device

@@ -1,4 +1,6 @@
-"""NV-Embed checkpoints of any size, with random weights."""
+"""NV-Embed checkpoints of any size, with random weights, and the inputs of their folded block."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,46 @@ def nv_embed_weights(
         weights[f"cross_attend_blocks.{norm}.weight"] = normal(dim, std=0.1, mean=1)
         weights[f"cross_attend_blocks.{norm}.bias"] = normal(dim, std=0.1)
     return weights
+
+
+def folded_block(
+    lengths: list[int],
+    dim: int = 20,
+    latents: int = 6,
+    heads: int = 2,
+    hidden: int = 37,
+    dtype: torch.dtype = torch.float32,
+    x_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of latent_pool, random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    x = normal(sum(lengths), dim) * 2
+    if dim > 3:
+        x[:, 3] += 40  # as hidden states have it: one channel far from the others
+    return {
+        "x": x.to(x_dtype or dtype),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
+        "score_weight": normal(heads * latents, dim, std=dim**-0.5).to(dtype),
+        "score_bias": normal(heads * latents),
+        "value_weight": normal(dim, heads * latents, std=heads**-0.5).to(dtype),
+        "hidden_weight": normal(2 * hidden, dim, std=dim**-0.5).to(dtype),
+        "hidden_bias": normal(2 * hidden, std=0.1),
+        "heads": heads,
+        "eps": 1e-5,
+    }
+
+
+def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 class LatentAttentionModel(nn.Module):

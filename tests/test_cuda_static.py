@@ -42,6 +42,14 @@ def test_products_run_on_tensor_cores_from_asynchronous_copies(table: list[Kerne
     assert all(re.search(r"\d+ cp.async, \d+ mma.m16n8k32 u8.s8", row.notes) for row in products), products
 
 
+def test_attention_runs_on_tensor_cores_from_shared_memory(table: list[KernelResources]) -> None:
+    notes = {row.kernel: row.notes for row in table if row.kernel.startswith("latent.")}
+    assert len(notes) == 6
+    for kernel, note in notes.items():
+        product = "f16.f16" if "half" in kernel else "bf16.bf16"
+        assert re.fullmatch(rf"\d+ cp.async, \d+ ldmatrix, \d+ mma.m16n8k16 {product}", note), (kernel, note)
+
+
 def test_searches_multiply_bits_and_bytes(table: list[KernelResources]) -> None:
     notes = {row.kernel: row.notes for row in table if row.kernel.startswith("search.find")}
     assert len(notes) == 10

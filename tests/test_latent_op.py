@@ -6,56 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from latent_models import folded_block, in_double
 from tolerance import assert_close_to_oracle
-from torch import Tensor
 
 from fastembed import use_backend
 from fastembed.ops.latent import TILE_TOKENS, latent_pool, pack_weight
 from fastembed.reference import latent as reference
 
 
-def _inputs(
-    lengths: list[int],
-    dim: int = 20,
-    latents: int = 6,
-    heads: int = 2,
-    hidden: int = 37,
-    dtype: torch.dtype = torch.float32,
-    x_dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * std
-
-    x = normal(sum(lengths), dim) * 2
-    if dim > 3:
-        x[:, 3] += 40  # as hidden states have it: one channel far from the others
-    return {
-        "x": x.to(x_dtype or dtype),
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
-        "score_weight": normal(heads * latents, dim, std=dim**-0.5).to(dtype),
-        "score_bias": normal(heads * latents),
-        "value_weight": normal(dim, heads * latents, std=heads**-0.5).to(dtype),
-        "hidden_weight": normal(2 * hidden, dim, std=dim**-0.5).to(dtype),
-        "hidden_bias": normal(2 * hidden, std=0.1),
-        "heads": heads,
-        "eps": 1e-5,
-    }
-
-
-def _in_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
 def _assert_as_good_as_pytorch(inputs: dict[str, Any]) -> None:
     ours = latent_pool(**inputs)
     theirs = reference.latent_pool(**inputs)
-    oracle = reference.latent_pool(**_in_double(inputs))
+    oracle = reference.latent_pool(**in_double(inputs))
     low = inputs["score_weight"].dtype
     for our, their, exact in zip(ours, theirs, oracle, strict=True):
         assert our.dtype == torch.float32
@@ -65,8 +27,8 @@ def _assert_as_good_as_pytorch(inputs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_level(isa: str, dtype: torch.dtype) -> None:
-    _assert_as_good_as_pytorch(_inputs([5, 0, 40, 1], dtype=dtype))
-    _assert_as_good_as_pytorch(_inputs([17, 16], dim=300, latents=16, heads=3, hidden=64, dtype=dtype))
+    _assert_as_good_as_pytorch(folded_block([5, 0, 40, 1], dtype=dtype))
+    _assert_as_good_as_pytorch(folded_block([17, 16], dim=300, latents=16, heads=3, hidden=64, dtype=dtype))
 
 
 @given(
@@ -81,17 +43,17 @@ def test_every_level(isa: str, dtype: torch.dtype) -> None:
 def test_any_shape(
     lengths: list[int], dim: int, latents: int, heads: int, hidden: int, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> None:
-    _assert_as_good_as_pytorch(_inputs(lengths, dim, latents, heads, hidden, dtype, x_dtype))
+    _assert_as_good_as_pytorch(folded_block(lengths, dim, latents, heads, hidden, dtype, x_dtype))
 
 
 def test_more_tokens_than_a_tile() -> None:
-    _assert_as_good_as_pytorch(_inputs([TILE_TOKENS - 30, 100, 2 * TILE_TOKENS]))
+    _assert_as_good_as_pytorch(folded_block([TILE_TOKENS - 30, 100, 2 * TILE_TOKENS]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
     lengths = [3, TILE_TOKENS - 1, 50, 1]
-    inputs = _inputs(lengths, dtype=dtype)
+    inputs = folded_block(lengths, dtype=dtype)
     together = latent_pool(**inputs)
     for row, rows in enumerate(inputs["x"].split(lengths)):
         alone = latent_pool(**{**inputs, "x": rows, "cu_seqlens": torch.tensor([0, len(rows)])})
@@ -100,7 +62,7 @@ def test_a_sequence_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -
 
 
 def test_threads_do_not_show(thread_counts: tuple[int, ...]) -> None:
-    inputs = _inputs([200, 30, 100], dim=128, latents=32, heads=4, hidden=256)
+    inputs = folded_block([200, 30, 100], dim=128, latents=32, heads=4, hidden=256)
     results = []
     for count in thread_counts:
         torch.set_num_threads(count)
@@ -120,7 +82,7 @@ def test_panels_are_the_weights(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same(dtype: torch.dtype) -> None:
-    inputs = _inputs([5, 9], dtype=dtype)
+    inputs = folded_block([5, 9], dtype=dtype)
     weights = ("score_weight", "value_weight", "hidden_weight")
     packed = {name: pack_weight(inputs[name], gated=name == "hidden_weight") for name in weights}
     for plain, from_panels in zip(latent_pool(**inputs), latent_pool(**{**inputs, **packed}), strict=True):
@@ -133,7 +95,7 @@ def test_packed_weights_give_the_same(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_token_that_is_not_finite_concerns_its_sequence_only(isa: str, bad: float, backend: str) -> None:
-    inputs = _inputs([4, 6, 0, 3])
+    inputs = folded_block([4, 6, 0, 3])
     clean = latent_pool(**inputs)
     inputs["x"][7, 2] = bad
     with use_backend(backend):
@@ -143,7 +105,7 @@ def test_a_token_that_is_not_finite_concerns_its_sequence_only(isa: str, bad: fl
 
 
 def test_strided_tokens() -> None:
-    inputs = _inputs([4, 6])
+    inputs = folded_block([4, 6])
     expected = latent_pool(**inputs)
     wide = torch.full((10, 50), float("nan"))
     wide[:, 7:27] = inputs["x"]
@@ -153,21 +115,21 @@ def test_strided_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
-    inputs = _inputs([4, 0, 6], dtype=dtype)
+    inputs = folded_block([4, 0, 6], dtype=dtype)
     torch.library.opcheck(torch.ops.fastembed.latent_pool.default, tuple(inputs.values()))
     wide = torch.randn(10, 40)[:, ::2].to(dtype)
     torch.library.opcheck(torch.ops.fastembed.latent_pool.default, tuple({**inputs, "x": wide}.values()))
 
 
 def test_compiles_whole() -> None:
-    inputs = _inputs([4, 6])
+    inputs = folded_block([4, 6])
     compiled = torch.compile(latent_pool, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert all(map(torch.equal, compiled(**inputs), latent_pool(**inputs)))
 
 
 def test_backward_is_refused() -> None:
-    inputs = _inputs([4])
+    inputs = folded_block([4])
     inputs["x"].requires_grad_(True)
     with pytest.raises(NotImplementedError, match="latent_pool has no backward"):
         latent_pool(**inputs)[0].sum().backward()
@@ -190,4 +152,4 @@ def test_backward_is_refused() -> None:
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        latent_pool(**{**_inputs([4, 6]), **change})
+        latent_pool(**{**folded_block([4, 6]), **change})

@@ -23,9 +23,9 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 # PTX whose number says whether a kernel does what it claims: wide loads, tensor cores, atomics.
 _NOTED = re.compile(
-    r"(?P<load>ld\.global[.\w:]*?\.v4)|(?P<mma>\bmma\.sync[.\w]*)|(?P<async>cp\.async\.c\w)|(?P<atomic>\b(?:atom|red)\.[.\w]*)"
+    r"(?P<load>ld\.global[.\w:]*?\.v4)|(?P<mma>\bmma\.sync[.\w]*)|(?P<async>cp\.async\.c\w)|(?P<matrix>\bldmatrix\.)|(?P<atomic>\b(?:atom|red)\.[.\w]*)"
 )
-_NAMES = {"load": "16-byte loads", "async": "cp.async", "atomic": "atomics"}
+_NAMES = {"load": "16-byte loads", "async": "cp.async", "matrix": "ldmatrix", "atomic": "atomics"}
 
 
 def nvcc() -> str | None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._native import core, num_threads
 from ..reference import latent as reference
 from ._registry import Op
+from .pooling import pool_exits
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
@@ -17,6 +19,9 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 # Tokens that go through the block together. The activations of a tile stay in the last-level cache while the weights
 # stream by; fewer tokens would read the weights too often for what they compute. A multiple of every level's tile.
 TILE_TOKENS = 336
+# Hidden activations of all tokens that are in a GPU's memory at a time, and the fewest hidden features in one product.
+_HIDDEN_ELEMENTS = 2**25
+_LEAST_HIDDEN = 512
 
 
 def latent_pool(
@@ -250,6 +255,56 @@ def _cpu(
     return tiles.means(tiles.y_sums), tiles.means(gated_sums)
 
 
+def _triton(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    value_weight: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The attention and the means in Triton, the feed-forward by PyTorch's own product, some hidden features at a time.
+
+    The values of `cu_seqlens` are not checked, which would wait for the GPU; the kernels clamp them.
+    """
+    from ..triton_kernels import latent
+
+    args = (score_weight, score_bias, value_weight, hidden_weight, hidden_bias, heads, eps)
+    _check(x, cu_seqlens, *args)
+    low, dim, hidden = score_weight.dtype, x.shape[1], len(hidden_bias) // 2
+    if low == torch.float64:
+        return reference.latent_pool(x, cu_seqlens, *args)
+    if score_weight.dim() > 2:
+        score_weight = reference.from_panels(score_weight, len(score_bias), dim)
+        value_weight = reference.from_panels(value_weight, dim, len(score_bias))
+        hidden_weight = reference.from_panels(hidden_weight, 2 * hidden, dim, gated=True)
+
+    def mean(rows: Tensor) -> Tensor:
+        return pool_exits([rows], cu_seqlens=cu_seqlens, normalize=False, dims=[rows.shape[1]])[0][rows.shape[1]]
+
+    x = x.float()
+    by_head = (heads, len(score_bias) // heads)
+    y = x + latent.attend_folded(
+        F.layer_norm(x, (dim,), eps=eps).to(low),
+        score_weight.unflatten(0, by_head),
+        score_bias.view(by_head),
+        value_weight.T.unflatten(0, by_head),
+    )
+    normalized = F.layer_norm(y, (dim,), eps=eps).to(low)
+    columns = max(_LEAST_HIDDEN, _HIDDEN_ELEMENTS // max(1, len(x)))
+    gated = []
+    for first in range(0, hidden, columns):
+        part = slice(first, min(first + columns, hidden))
+        gates = slice(hidden + first, hidden + part.stop)
+        a = (normalized @ hidden_weight[part].T).float() + hidden_bias[part]
+        b = (normalized @ hidden_weight[gates].T).float() + hidden_bias[gates]
+        gated.append(mean(a * F.gelu(b)))
+    return mean(y), torch.cat(gated, dim=1)
+
+
 def _fake(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _check(x, cu_seqlens, *args)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -260,7 +315,7 @@ def _fake(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 _latent_pool = Op(
     "latent_pool(Tensor x, Tensor cu_seqlens, Tensor score_weight, Tensor score_bias, Tensor value_weight, "
     "Tensor hidden_weight, Tensor hidden_bias, int heads, float eps) -> (Tensor, Tensor)",
-    implementations={"cpu": _cpu, "reference": _reference},
+    implementations={"cpu": _cpu, "triton": _triton, "reference": _reference},
     fake=_fake,
-    accepts={"cpu": frozenset(_DTYPE_CODES)},
+    accepts={"cpu": frozenset(_DTYPE_CODES), "triton": frozenset(_DTYPE_CODES)},
 )

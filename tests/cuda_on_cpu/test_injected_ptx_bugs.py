@@ -21,6 +21,7 @@ FOUND_ALWAYS = (
     "wrong_b_column",
     "transposed_result",
     "wrong_matrix_order",
+    "untransposed_rows",
 )
 ERRORS = {
     "misaligned_copy": "cp.async at tensor_core_samples.cu",

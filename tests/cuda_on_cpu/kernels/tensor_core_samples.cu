@@ -14,21 +14,22 @@
 
 namespace device = fastembed::device;
 
-#define BUGS(X)                                                                           \
-  X(none)                                                                                 \
-  X(missing_wait)           /* a tile is read while its copy may be under way */          \
-  X(wait_for_too_few)       /* the wait leaves the group that is needed next under way */ \
-  X(missing_commit)         /* the copies belong to no group that is waited for */        \
-  X(barrier_before_wait)    /* other threads' copies are not waited for */                \
-  X(missing_barrier)        /* likewise, with no barrier at all */                        \
-  X(overwritten_while_read) /* the next copy into a buffer starts while it is read */     \
-  X(missing_zero_fill)      /* what lies past the end is read */                          \
-  X(misaligned_copy)        /* 16 bytes from an address that is a multiple of 4 */        \
-  X(swapped_a_registers)    /* rows 8 to 15 taken for the second half of K */             \
-  X(wrong_b_column)         /* lane % 8 taken for lane / 4 */                             \
-  X(transposed_result)      /* d[1] taken for the next row */                             \
-  X(wrong_matrix_order)     /* ldmatrix: matrices 1 and 2 exchanged */                    \
-  X(misaligned_row)         /* ldmatrix: a row off by 4 bytes */                          \
+#define BUGS(X)                                                                                           \
+  X(none)                                                                                                 \
+  X(missing_wait)           /* a tile is read while its copy may be under way */                          \
+  X(wait_for_too_few)       /* the wait leaves the group that is needed next under way */                 \
+  X(missing_commit)         /* the copies belong to no group that is waited for */                        \
+  X(barrier_before_wait)    /* other threads' copies are not waited for */                                \
+  X(missing_barrier)        /* likewise, with no barrier at all */                                        \
+  X(overwritten_while_read) /* the next copy into a buffer starts while it is read */                     \
+  X(missing_zero_fill)      /* what lies past the end is read */                                          \
+  X(misaligned_copy)        /* 16 bytes from an address that is a multiple of 4 */                        \
+  X(swapped_a_registers)    /* rows 8 to 15 taken for the second half of K */                             \
+  X(wrong_b_column)         /* lane % 8 taken for lane / 4 */                                             \
+  X(transposed_result)      /* d[1] taken for the next row */                                             \
+  X(wrong_matrix_order)     /* ldmatrix: matrices 1 and 2 exchanged */                                    \
+  X(untransposed_rows)      /* ldmatrix.trans: row lane / 4 taken for rows 2 * (lane % 4) and the next */ \
+  X(misaligned_row)         /* ldmatrix: a row off by 4 bytes */                                          \
   X(mma_in_branch)          /* half of the warp */
 
 #define ENUMERATOR(name) name,
@@ -166,6 +167,14 @@ __global__ void multiply_from_shared(const uint32_t* a_matrix, const uint32_t* b
   b[1] = again[0];
   int sums[4] = {0, 0, 0, 0};
   device::mma_s8_s8(sums, a, b);
+  // Transposed, the two 8 x 8 matrices of 16-bit elements that b_tile holds.
+  uint32_t transposed[2];
+  device::load_matrices_transposed(transposed, &b_tile[lane % 8][4 * (matrix % 2)]);
+  for (int m = 0; m < 2; ++m) {
+    const auto element = [&](int row) { return b_tile[row][4 * m + lane / 8] >> 16 * (lane / 4 % 2) & 0xffff; };
+    const int row = bug == untransposed_rows ? lane / 4 : lane % 4 * 2;
+    if (transposed[m] != (element(row) | element(row + (bug == untransposed_rows ? 0 : 1)) << 16)) sums[0] = 1 << 30;
+  }
   for (int i = 0; i < 4; ++i) {
     const Position at = c_position(lane, i, bug);
     d_matrix[at.row * 8 + at.column] = static_cast<float>(sums[i]);

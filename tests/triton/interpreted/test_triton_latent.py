@@ -6,11 +6,15 @@ import interpreter
 import pytest
 import torch
 from attention_cases import SIZES, assert_as_good_as_pytorch, make_case
+from latent_models import folded_block, in_double
+from tolerance import assert_close_to_oracle
 from torch import Tensor
 
 import fastembed
 from fastembed.nn import LatentAttentionPooling
+from fastembed.ops import latent
 from fastembed.ops.latent_attention import latent_attention
+from fastembed.reference import latent as reference
 from fastembed.triton_kernels import latent as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,3 +118,32 @@ def test_training_of_the_module(settings: dict[str, Any]) -> None:
         ours = step()
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[5, 0, 40, 1], [0]])
+def test_the_folded_block(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent, "_HIDDEN_ELEMENTS", 0)
+    monkeypatch.setattr(latent, "_LEAST_HIDDEN", 32)
+    inputs = folded_block(lengths, dtype=dtype)
+    weights = ("score_weight", "value_weight", "hidden_weight")
+    packed = {name: latent.pack_weight(inputs[name], gated=name == "hidden_weight") for name in weights}
+    with fastembed.use_backend("triton"):
+        ours = latent.latent_pool(**inputs)
+        for one, other in zip(latent.latent_pool(**{**inputs, **packed}), ours, strict=True):
+            torch.testing.assert_close(one, other)
+    theirs = reference.latent_pool(**inputs)
+    oracle = reference.latent_pool(**in_double(inputs))
+    for our, their, exact in zip(ours, theirs, oracle, strict=True):
+        assert our.dtype == torch.float32
+        assert_close_to_oracle(our.to(dtype), their.to(dtype), exact)
+
+
+def test_a_token_that_is_not_finite_concerns_its_sequence_only() -> None:
+    inputs = folded_block([4, 6, 0, 3])
+    with fastembed.use_backend("triton"):
+        clean = latent.latent_pool(**inputs)
+        inputs["x"][7, 2] = float("inf")
+        for result, expected in zip(latent.latent_pool(**inputs), clean, strict=True):
+            assert result[1].isnan().all()
+            assert torch.equal(result[[0, 2, 3]], expected[[0, 2, 3]])

@@ -12,6 +12,8 @@ from ._rows import Columns, Filter, Run, State, selected_rows
 
 # Results of one call of a kernel, at most.
 _RESULTS = 1 << 22
+# Rows beyond those wanted that a search of lists asks for, to see where the last tie ends.
+_BEYOND = 16
 # From a list to the places of its first row and the one past its last in `Run.starts`.
 _ENDS = np.array([0, 1])
 
@@ -70,16 +72,16 @@ def best_rows(
 def _topk_of_lists(
     codes: CodeFormat, queries: Columns, run: Run, k: int, rows: np.ndarray | None, ranges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows in the ranges that are best by value and id, in any order.
+    """k rows or more in the ranges, in any order, with the k best by value and id among them.
 
-    Kernels leave ties to the smaller row, and ids ascend with rows only within a list. One row more than wanted shows
-    whether a tie has been cut; then every list of that query is searched by itself.
+    Kernels leave ties to the smaller row, and ids ascend with rows only within a list. Where a tie of the k-th row
+    reaches beyond the rows asked for, every list of that query is searched by itself.
     """
-    values, places = codes.topk(queries, run.columns, min(k + 1, len(run)), rows=rows, ranges=ranges)
-    if values.shape[1] == k:
+    values, places = codes.topk(queries, run.columns, min(k + _BEYOND, len(run)), rows=rows, ranges=ranges)
+    if values.shape[1] == len(run):
         return values, places
-    cut = np.nonzero((values[:, k - 1] == values[:, k]) & (places[:, k] >= 0))[0]
-    values, places = values[:, :k].copy(), places[:, :k].copy()
+    cut = np.nonzero((values[:, k - 1] == values[:, -1]) & (places[:, -1] >= 0))[0]
+    values[cut, k:], places[cut, k:] = codes.worst, -1
     lists = ranges.shape[1]
     step = max(1, _RESULTS // (lists * k))
     for start in range(0, len(cut), step):
@@ -88,7 +90,7 @@ def _topk_of_lists(
         parts = codes.topk(repeated, run.columns, k, rows=rows, ranges=ranges[some].reshape(-1, 1, 2))
         of_lists, rows_of_lists = (part.reshape(len(some), -1) for part in parts)
         ids = np.where(rows_of_lists < 0, -1, run.ids_of(rows_of_lists))
-        values[some], places[some] = best_by_id(of_lists, rows_of_lists, ids, k, largest=codes.best_is_largest)
+        values[some, :k], places[some, :k] = best_by_id(of_lists, rows_of_lists, ids, k, largest=codes.best_is_largest)
     return values, places
 
 

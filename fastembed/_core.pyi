@@ -129,6 +129,28 @@ def sdc_topk(
     ids: int,
     threads: int,
 ) -> None: ...
+def lists_topk(
+    queries: int,
+    query_inverse_norms: int,
+    query_rows: int,
+    query_stride: int,
+    codes: int,
+    inverse_norms: int,
+    code_rows: int,
+    code_stride: int,
+    dim: int,
+    bits: int,
+    centroids: int,
+    lists: int,
+    starts: int,
+    ids: int,
+    probed: int,
+    probes: int,
+    k: int,
+    values: int,
+    rows: int,
+    threads: int,
+) -> None: ...
 def rescore(
     queries: int,
     rows: int,

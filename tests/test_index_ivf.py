@@ -155,6 +155,24 @@ def test_rows_that_are_all_alike() -> None:
     assert index.search(np.ones((1, DIM), np.float32), 10)[1].tolist() == [list(range(10))]
 
 
+@pytest.mark.parametrize("centroids", ["binary", "float"])
+@pytest.mark.parametrize("bits, metric", [(1, "hamming"), (1, "sdc"), (2, "sdc"), (4, "sdc")])
+@pytest.mark.parametrize("count", [1, 30])
+def test_ties_go_to_the_smaller_id_by_either_way(bits: int, metric: str, centroids: str, count: int) -> None:
+    """Few different codes, ids in no order of the rows: a search without a filter takes one call of the kernels, one
+    with a filter that lets all pass goes through the runs."""
+    rng = np.random.default_rng(count)
+    x = np.sign(rng.standard_normal((900, 5), dtype=np.float32))
+    ids = rng.permutation(5000)[: len(x)]
+    index = IVFBinaryIndex(5, bits, metric, lists=8, centroids=centroids)
+    index.train(x)
+    index.add(x, ids)
+    for k in (1, 10, 200, 900):
+        for nprobe in (1, 3, 8):
+            found = index.search(x[:count], k, nprobe=nprobe)
+            assert_same(found, index.search(x[:count], k, nprobe=nprobe, filter=np.arange(5000)))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_saved_index_goes_on_where_it_was(tmp_path: Path, format: dict[str, Any], mmap: bool) -> None:

@@ -81,6 +81,31 @@ void bind_search(py::module_& m) {
                          selection(selected), dim, bits, k, pointer<float>(scores), pointer<int64_t>(ids), threads);
       },
       release);
+  // `probed` are the lists to look into, or room for them where there are binary centroids; without inverse norms
+  // values are Hamming distances.
+  m.def(
+      "lists_topk",
+      [](uintptr_t queries, uintptr_t query_inverse_norms, int64_t query_rows, int64_t query_stride, uintptr_t codes,
+         uintptr_t inverse_norms, int64_t code_rows, int64_t code_stride, int64_t dim, int bits, uintptr_t centroids,
+         int64_t lists, uintptr_t starts, uintptr_t ids, uintptr_t probed, int64_t probes, int64_t k, uintptr_t values,
+         uintptr_t rows, int threads) {
+        const int64_t plane_bytes = (dim + 7) / 8;
+        const search::Matrix q = matrix(queries, query_rows, bits * plane_bytes, query_stride);
+        const search::Matrix c = matrix(codes, code_rows, bits * plane_bytes, code_stride);
+        if (centroids != 0) {
+          search::nearest_lists(q, matrix(centroids, lists, plane_bytes, plane_bytes), probes, pointer<int64_t>(probed),
+                                threads);
+        }
+        const search::InvertedLists inverted = {pointer<const int64_t>(starts), pointer<const int64_t>(ids), probes};
+        if (inverse_norms == 0) {
+          return search::hamming_lists_topk(q, c, inverted, pointer<const int64_t>(probed), k, pointer<int32_t>(values),
+                                            pointer<int64_t>(rows), threads);
+        }
+        search::sdc_lists_topk({q, pointer<const float>(query_inverse_norms)}, {c, pointer<const float>(inverse_norms)},
+                               inverted, pointer<const int64_t>(probed), dim, bits, k, pointer<float>(values),
+                               pointer<int64_t>(rows), threads);
+      },
+      release);
   m.def(
       "rescore",
       [](uintptr_t queries, int64_t rows, uintptr_t documents, int64_t dim, uintptr_t candidates, int64_t count,

@@ -70,6 +70,23 @@ struct SdcMatrix {
 void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
               int64_t k, float* scores, int64_t* ids, int threads);
 
+// Codes in lists one after another, of which a search looks into `probes` for each query.
+struct InvertedLists {
+  const int64_t* starts;  // first code of each list, then the number of codes
+  const int64_t* ids;     // of the codes, ascending within each list
+  int64_t probes;
+};
+
+// The `count` lists nearest to each query by Hamming distance of their binary centroids to its first plane.
+void nearest_lists(const Matrix& queries, const Matrix& centroids, int64_t count, int64_t* lists, int threads);
+
+// As hamming_topk and sdc_topk of the codes of the lists `probed` [queries, probes], but ordered by (value, id). Gives
+// row numbers of `codes`.
+void hamming_lists_topk(const Matrix& queries, const Matrix& codes, const InvertedLists& lists, const int64_t* probed,
+                        int64_t k, int32_t* distances, int64_t* rows, int threads);
+void sdc_lists_topk(const SdcMatrix& queries, const SdcMatrix& codes, const InvertedLists& lists, const int64_t* probed,
+                    int64_t dim, int bits, int64_t k, float* scores, int64_t* rows, int threads);
+
 // For each query the k of its `count` candidate documents with the largest dot product, ordered by (-score, id).
 // Contiguous: queries [rows, dim], candidates [rows, count], each in [0, documents).
 void rescore(const float* queries, int64_t rows, const float* documents, int64_t dim, const int64_t* candidates,

@@ -16,7 +16,7 @@ from ..ops.search import SDCCodes, rescore
 from . import _file, _inputs
 from ._file import damaged
 from ._formats import CodeFormat, Column, Columns, VectorFormat, unit_rows
-from ._rows import Run, State
+from ._rows import Filter, Run, State
 from ._searching import best_rows, rows_within
 
 if TYPE_CHECKING:
@@ -199,10 +199,16 @@ class CodeIndex:
             )
         selection = _inputs.check_filter(allowed)
         wanted = k if vectors is None else min(k * rescore_multiplier, state.live)
-        values, positions = best_rows(self._codes, state, codes, wanted, selection, self._probed(given, codes, **how))
+        values, positions = self._best_rows(state, given, codes, wanted, selection, **how)
         if vectors is not None:
             values, positions = self._rescored(state, vectors, positions, k)
         return like_queries(queries, values, state.ids_at(positions))
+
+    def _best_rows(
+        self, state: State, queries: Any, codes: Columns, k: int, allowed: Filter | None, **how: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values [Q, k], positions [Q, k]) by the codes, as `best_rows` gives them."""
+        return best_rows(self._codes, state, codes, k, allowed, self._probed(queries, codes, **how))
 
     def _probed(self, queries: Any, codes: Columns, **how: Any) -> np.ndarray | None:
         """int64 [Q, n]: the lists that each query looks into; None: all there are."""

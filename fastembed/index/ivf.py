@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ops import _search_checks as checks
+from ..ops._search_numpy import lists_topk
 from . import _inputs
 from ._base import CodeIndex
 from ._centroids import BinaryCentroids, Centroids, FloatCentroids
-from ._rows import Columns, Run
+from ._rows import Columns, Filter, Run, State
 
 if TYPE_CHECKING:
     from typing import Self
@@ -153,6 +154,19 @@ class IVFBinaryIndex(CodeIndex):
         nprobe = self.nprobe if nprobe is None else nprobe
         checks.check_integer("nprobe", nprobe, 1, self.lists)
         return nprobe
+
+    def _best_rows(
+        self, state: State, queries: Any, codes: Columns, k: int, allowed: Filter | None, **how: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        run = state.runs[0]
+        if allowed is not None or len(state.runs) > 1 or run.removed is not None or isinstance(run.ids, range):
+            return super()._best_rows(state, queries, codes, k, allowed, **how)
+        # All rows in one run: one call does everything.
+        if isinstance(self._centroids, BinaryCentroids):
+            lists = {"centroids": self._centroids.values, "probes": how["nprobe"]}
+        else:
+            lists = {"probed": self._probed(queries, codes, **how)}
+        return lists_topk(codes, run.columns, self.dim, self.bits, k, run.starts, run.ids, **lists)
 
     def _probed(self, queries: Any, codes: Columns, **how: Any) -> np.ndarray | None:
         assert self._centroids is not None  # there are rows

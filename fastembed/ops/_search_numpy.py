@@ -125,6 +125,49 @@ def sdc_topk(
     return scores, found
 
 
+def lists_topk(
+    queries: dict[str, Array],
+    columns: dict[str, Array],
+    dim: int,
+    bits: int,
+    k: int,
+    starts: Array,
+    ids: Array,
+    *,
+    centroids: Array | None = None,
+    probes: int = 0,
+    probed: Array | None = None,
+) -> tuple[Array, Array]:
+    """(values [Q, k], rows [Q, k]) of the k best rows by value and id in some inverted lists: those `probed` [Q, n], or
+    the `probes` lists nearest by binary centroids. An index calls it with columns of its own: nothing is checked.
+
+    Args:
+        queries, columns: "codes" and, for SDC, "inverse_norms".
+        starts: int64 [lists + 1], first row of each list, then the number of rows.
+        ids: int64, of the rows, ascending within each list.
+    """
+    query_codes, codes = _byte_rows(queries["codes"]), _byte_rows(columns["codes"])
+    if probed is None:
+        assert centroids is not None
+        centroids, probed = _dense(centroids), np.empty((len(query_codes), probes), np.int64)
+    else:
+        centroids, probed = None, _dense(probed, np.int64)
+    starts, ids = _dense(starts), _dense(ids)
+    is_sdc = "inverse_norms" in columns
+    norms = [_dense(given["inverse_norms"]) for given in (queries, columns)] if is_sdc else []
+    query_norms, code_norms = map(core.address, norms) if is_sdc else (0, 0)
+    values = np.empty((len(query_codes), k), np.float32 if is_sdc else np.int32)
+    rows = np.empty(values.shape, np.int64)
+    core.lists_topk(
+        *(core.address(query_codes), query_norms, len(query_codes), query_codes.strides[0]),
+        *(core.address(codes), code_norms, len(codes), codes.strides[0], dim, bits),
+        *(0 if centroids is None else core.address(centroids), len(starts) - 1),
+        *(core.address(starts), core.address(ids), core.address(probed), probed.shape[1], k),
+        *(core.address(values), core.address(rows), num_threads()),
+    )
+    return values, rows
+
+
 def rescore(queries: Array, documents: Array, candidate_ids: Array, k: int) -> tuple[Array, Array]:
     checks.check_rescore(queries, documents, candidate_ids, k)
     checks.check_candidates(candidate_ids, len(documents))

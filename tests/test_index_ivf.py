@@ -156,7 +156,7 @@ def test_rows_that_are_all_alike() -> None:
 
 
 @pytest.mark.parametrize("centroids", ["binary", "float"])
-@pytest.mark.parametrize("bits, metric", [(1, "hamming"), (1, "sdc"), (2, "sdc"), (4, "sdc")])
+@pytest.mark.parametrize(("bits", "metric"), [(1, "hamming"), (1, "sdc"), (2, "sdc"), (4, "sdc")])
 @pytest.mark.parametrize("count", [1, 30])
 def test_ties_go_to_the_smaller_id_by_either_way(bits: int, metric: str, centroids: str, count: int) -> None:
     """Few different codes, ids in no order of the rows: a search without a filter takes one call of the kernels, one

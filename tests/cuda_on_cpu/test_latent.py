@@ -12,7 +12,7 @@ from fastembed.ops.latent_attention import latent_attention
 pytestmark = pytest.mark.usefixtures("simulated_cuda")
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), zip(SIZES, (torch.bfloat16, torch.float16) * 2, strict=True))
+@pytest.mark.parametrize(("sizes", "dtype"), list(zip(SIZES, (torch.bfloat16, torch.float16) * 2, strict=True)))
 def test_close_to_the_definition_with_gradients(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     """With more keys and queries than a block has columns, and with features that are no multiple of anything."""
     assert_as_good_as_pytorch(make_case(1 + sizes[0] % 2, *sizes, masked=sizes[0] % 2 == 1, dtype=dtype))

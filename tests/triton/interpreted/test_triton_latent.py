@@ -31,11 +31,11 @@ def uninitialised_memory_is_nan() -> Any:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_close_to_the_definition_with_gradients(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     with fastembed.use_backend("triton"):
-        assert_as_good_as_pytorch(make_case(2, *sizes, masked=sizes[0] % 2 == 1, dtype=dtype))
+        assert_as_good_as_pytorch(make_case(1 + sizes[0] % 2, *sizes, masked=sizes[0] % 2 == 1, dtype=dtype))
 
 
 def test_in_any_order_of_programs() -> None:
-    case = make_case(2, 70, 300, 40, 20, True, torch.bfloat16)
+    case = make_case(1, 70, 300, 20, 20, False, torch.bfloat16)
     with fastembed.use_backend("triton"):
         with interpreter.program_order(2):
             first = case.out_and_gradients()

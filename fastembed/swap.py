@@ -104,7 +104,7 @@ def quantize(
     avg_bits: float | None = None,
     bits: int | Mapping[str, int] | None = None,
     importance: str | Mapping[str, float] = "measured",
-    quantizer: str = "rtn",
+    quantizer: str = "mse",
     calibration: Any = None,
     tokenizer: Any = None,
     group_size: int = 64,

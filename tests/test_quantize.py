@@ -223,7 +223,7 @@ def test_bits_by_pattern(model: SentenceTransformer) -> None:
     assert report.left["0.model.pooler.dense"] == "no pattern of bits"
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "hqq", "gptq"])
+@pytest.mark.parametrize("quantizer", ["rtn", "mse", "hqq", "gptq"])
 def test_quantizers_on_a_model(model: SentenceTransformer, quantizer: str) -> None:
     before = model.encode(tiny_models.texts(), convert_to_tensor=True)
     report = quantized(model, bits=6, quantizer=quantizer, calibration=tiny_models.texts(30), group_size=32)
@@ -299,9 +299,9 @@ def test_interrupted_or_failed_the_model_is_as_it_was(
     def interrupt(*args: Any) -> quantizers.Quantized:
         if next(calls) == 5:
             raise _Stop
-        return quantizers._rtn(*args)
+        return quantizers._mse(*args)
 
-    monkeypatch.setitem(quantizers.QUANTIZERS, "rtn", interrupt)
+    monkeypatch.setitem(quantizers.QUANTIZERS, "mse", interrupt)
     with pytest.raises(_Stop):
         quantized(model, avg_bits=4.5, calibration=tiny_models.texts())
     assert linears(model) == modules
@@ -324,7 +324,7 @@ def test_interrupted_or_failed_the_model_is_as_it_was(
         ({"avg_bits": 4, "granularity": "head"}, ValueError, "granularity must be 'block' or 'linear'"),
         ({"avg_bits": 4, "levels": (0, 4)}, ValueError, "bits must be 1 to 8, got 0"),
         ({"avg_bits": 4, "levels": (2, 3, 4), "importance": "lim"}, ValueError, "levels must be two unless"),
-        ({"quantizer": "awq"}, ValueError, "quantizer must be 'rtn', 'hqq' or 'gptq', got 'awq'"),
+        ({"quantizer": "awq"}, ValueError, "quantizer must be 'rtn', 'mse', 'hqq' or 'gptq', got 'awq'"),
         ({"quantizer": "hqq", "symmetric": True}, ValueError, "symmetric must be False"),
         ({"group_size": 40}, ValueError, "group_size must be a positive multiple of 16, got 40"),
         ({"avg_bits": 4, "calibration": []}, ValueError, "calibration must have at least one text or batch, got none"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastembed.nn import QuantLinear
-from fastembed.quantization import quantize_gptq, quantize_hqq, quantize_rtn
+from fastembed.quantization import quantize_gptq, quantize_hqq, quantize_mse, quantize_rtn
 
 
 def weight_and_inputs(rows: int = 48, columns: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,8 @@ def test_hqq_errs_by_little_more_than_half_a_step(
 ) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits)) + offset
     codes, scales, zeros = quantize_hqq(weight, bits, group, scale_dtype)
-    assert scales.dtype == zeros.dtype == scale_dtype
+    assert scales.dtype == scale_dtype
+    assert zeros.dtype == (scale_dtype if bits == 1 else torch.uint8)
     assert int(codes.max()) < 1 << bits
     dequantised = stands_for((codes, scales, zeros), bits, group)
     # The mean error is what is minimised: about a quarter of a step for even weights, and no worse than one step, plus
@@ -95,6 +96,33 @@ def test_hqq_errs_by_little_more_than_half_a_step(
     columns = shape[1] if group == -1 else group
     steps = scales.float().abs()[:, torch.arange(shape[1]) // columns]
     assert (dequantised - weight).abs().mean() <= (1 + rounding) * steps.mean() + 1e-6
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "group"), [((5, 37), 16), ((3, 100), -1), ((2000, 200), 64)])
+def test_mse_errs_no_more_than_rounding_in_any_group(
+    bits: int, symmetric: bool, shape: tuple[int, int], group: int
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits))
+    errors = []
+    for quantise in (quantize_rtn, quantize_mse):
+        codes, scales, zeros = quantise(weight, bits, group, symmetric, torch.float32)
+        assert int(codes.max()) < 1 << bits
+        errors.append((stands_for((codes, scales, zeros), bits, group) - weight).square())
+    size = shape[1] if group == -1 else group
+    by_group = [torch.stack([e.sum(dim=1) for e in error.split(size, dim=1)]) for error in errors]
+    assert (by_group[1] <= by_group[0] * (1 + 1e-5)).all()
+    if bits in (2, 3):
+        assert errors[1].sum() < 0.9 * errors[0].sum()
+
+
+def test_what_is_zero_stays_zero() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.7
+    weight[:, ::5] = 0
+    for bits in range(2, 9):
+        for quantise in (quantize_rtn, quantize_mse, quantize_hqq):
+            assert not stands_for(quantise(weight, bits, 64), bits, 64)[:, ::5].any()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -115,13 +143,13 @@ def test_hqq_beats_rounding_where_there_are_outliers(bits: int) -> None:
 def test_hqq_keeps_flat_groups() -> None:
     for value in (0.0, 3.0, -0.25):
         weight = torch.full((4, 64), value)
-        assert torch.equal(stands_for(quantize_hqq(weight, 4, 32), 4, 32), weight)
+        torch.testing.assert_close(stands_for(quantize_hqq(weight, 4, 32), 4, 32), weight, rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     weight, x = weight_and_inputs()
     weight[3, 4] = bad
-    for quantise in (quantize_hqq, lambda w, b, g: quantize_gptq(w, b, g, hessian=x.T @ x)):
+    for quantise in (quantize_hqq, quantize_mse, lambda w, b, g: quantize_gptq(w, b, g, hessian=x.T @ x)):
         with pytest.raises(ValueError, match="weight must be finite"):
             quantise(weight, 4, 32)

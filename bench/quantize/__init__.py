@@ -88,7 +88,7 @@ def settings(model: SentenceTransformer, averages: Sequence[float], seeds: int) 
         yield Setting(UNIFORM, f"{bits} bits", {"bits": bits})
     # Also at the sizes of uniform widths, where nothing has to be read off a line between them.
     for average in (*averages, *(size for size in uniform_sizes(model) if averages[0] <= size <= averages[-1])):
-        for order, quantizer in ((MEASURED, "rtn"), (CALIBRATED, "gptq")):
+        for order, quantizer in ((MEASURED, "mse"), (CALIBRATED, "gptq")):
             yield Setting(order, f"avg_bits={average:g}", {"avg_bits": average, "quantizer": quantizer})
     orders = orders_of_blocks(model, seeds)
     for average in averages:

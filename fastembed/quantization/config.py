@@ -34,7 +34,8 @@ class QuantConfig:
             layer by itself ("linear").
         levels: the bit-levels to choose from with `avg_bits`. None: all of 1 to 8 for "measured", else the two
             neighbouring ones between which the average lies.
-        quantizer: "rtn" (round-to-nearest), "hqq" (calibration-free, fractional zero points) or "gptq" (calibrated).
+        quantizer: "rtn" (round-to-nearest), "mse" (the same, within the range of each group that errs least), "hqq"
+            (half-quadratic zero points) or "gptq" (calibrated).
         group_size, symmetric, activations, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
         skip: patterns of layers to leave as they are.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops.qmatmul import whole_row
 from ..reference.qmatmul import midpoint
-from .rtn import quantize_rtn
+from .mse import quantize_mse
 
 _BLOCK = 128
 _DAMPING = 0.01
@@ -30,7 +30,7 @@ def quantize_gptq(
     """Quantise a weight matrix so that its products with the calibration inputs change least.
 
     Args:
-        weight, bits, group_size, symmetric, scale_dtype: as `quantize_rtn`, which fixes scales and zero points.
+        weight, bits, group_size, symmetric, scale_dtype: as `quantize_rtn`. `quantize_mse` fixes scales and zeros.
         hessian: float32 [in_features, in_features], the sum (or any multiple) of x x^T over calibration inputs x.
 
     Returns:
@@ -39,7 +39,7 @@ def quantize_gptq(
     Raises:
         ValueError: as `quantize_rtn`; or the Hessian is of another size, not finite, or not positive semi-definite.
     """
-    _, scales, zeros = quantize_rtn(weight, bits, group_size, symmetric, scale_dtype)
+    _, scales, zeros = quantize_mse(weight, bits, group_size, symmetric, scale_dtype)
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian must have shape {[columns, columns]}, got {list(hessian.shape)}")

@@ -1,8 +1,14 @@
-"""Half-quadratic quantisation: real zero points that fit a group's weights under a norm that forgives outliers.
+"""Half-quadratic quantisation: zero points that fit a group's weights under a norm that forgives outliers.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). The error of a weight is split
 into a sparse part, found by soft thresholding for the l_p norm with p < 1, and the rest, which the zero point minimises
 in closed form; the two take turns. No data is needed.
+
+Two things differ from the authors' code. Zero points are rounded to codes in every turn, which they do at 4 bits only,
+so that a weight of zero stays zero; and as whole zero points leave little to find, scales are fitted with them. In
+encoders the input features with the largest activations have small weights, and half a step of error in those counts
+more than all that fractional zero points gain: on all-MiniLM-L6-v2 at 3 bits they made the weights' error 5% smaller
+than round-to-nearest's, and the cosine distance of the embeddings 15% larger.
 """
 
 import torch
@@ -25,7 +31,8 @@ def quantize_hqq(
     """Quantise a weight matrix in groups of input features; arguments and errors as `quantize_rtn`.
 
     Returns:
-        codes uint8 [out_features, in_features], scales and fractional zero points [out_features, groups], scale_dtype.
+        codes uint8 [out_features, in_features], scales [out_features, groups] in scale_dtype and zero points of the
+        same shape, uint8 (for one bit fractional, in scale_dtype).
     """
     check_finite(weight)
     rows, columns = weight.shape
@@ -33,7 +40,7 @@ def quantize_hqq(
         group_size = whole_row(columns)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, -(-columns // group_size), dtype=scale_dtype, device=weight.device)
-    zeros = torch.empty_like(scales)
+    zeros = torch.empty_like(scales, dtype=scale_dtype if bits == 1 else torch.uint8)
     whole = columns // group_size * group_size
     parts = [(0, whole, group_size), (whole, columns, columns - whole)]  # the last group may be shorter
     for start, end, size in parts:
@@ -51,7 +58,7 @@ def quantize_hqq(
 
 def _quantize_piece(groups: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     top = (1 << bits) - 1
-    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
     if bits == 1:  # two values at the extremes would fit nothing between them
         rows, count, size = groups.shape
         _, scales, start = quantize_rtn(groups.reshape(rows * count, size), 1, -1, scale_dtype=scale_dtype)
@@ -59,31 +66,38 @@ def _quantize_piece(groups: Tensor, bits: int, scale_dtype: torch.dtype) -> tupl
         assert start is not None
         zeros = start.reshape(rows, count).float()
     else:
-        # Equal weights v are code 1 at zero point 0 and scale v.
-        scales = stored_scales(torch.where(high > low, (high - low) / top, low), scale_dtype)
-        zeros = torch.where(high > low, -low / _steps(scales), 0.0)
-    steps = _steps(scales)
-    scaled = groups / steps[..., None]
-    best, least = zeros, torch.full_like(zeros, float("inf"))
+        scales = stored_scales((high - low) / top, scale_dtype)
+        zeros = -low / _steps(scales)
+    best_scales, best_zeros = scales, zeros
+    least = torch.full_like(zeros, float("inf"))
     beta = _BETA
     for _ in range(_ITERATIONS):
-        zeros = zeros.to(scale_dtype).float()
-        codes = (scaled + zeros[..., None]).round_().clamp_(0, top)
-        # In steps; the threshold is for errors in units of the weights, hence their steps.
-        errors = (scaled - codes).add_(zeros[..., None]).mul_(steps[..., None])
+        zeros = zeros.to(scale_dtype).float() if bits == 1 else zeros.round().clamp(0, top)
+        steps = _steps(scales)
+        codes = _codes(groups, steps, zeros, top)
+        values = codes - zeros[..., None]
+        errors = groups - values * steps[..., None]
         magnitudes = errors.abs()
         loss = magnitudes.mean(dim=2)
         better = loss < least
         if not bool(better.any()):
             break
-        best, least = torch.where(better, zeros, best), torch.where(better, loss, least)
-        # What exceeds the threshold is the outliers' own; the zero point is to answer for the rest.
+        best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
+        least = torch.where(better, loss, least)
+        # What exceeds the threshold is the outliers' own; scale and zero point are to answer for the rest.
         sparse = (magnitudes - (magnitudes + 1e-8).pow_(_NORM - 1).div_(beta)).clamp_(min=0).copysign_(errors)
-        zeros = codes.sub_(scaled).add_(sparse.div_(steps[..., None])).mean(dim=2)
+        rest = groups - sparse
+        squares = values.square().sum(dim=2)
+        fitted = (rest * values).sum(dim=2) / squares
+        scales = stored_scales(torch.where((squares > 0) & (fitted > 0), fitted, scales.float()), scale_dtype)
+        zeros = codes.sub_(rest.div_(_steps(scales)[..., None])).mean(dim=2)
         beta *= _GROWTH
-    zeros = best.to(scale_dtype)
-    codes = (scaled + zeros.float()[..., None]).round_().clamp_(0, top)
-    return codes.to(torch.uint8), scales, zeros
+    codes = _codes(groups, _steps(best_scales), best_zeros, top)
+    return codes.to(torch.uint8), best_scales, best_zeros.to(scale_dtype if bits == 1 else torch.uint8)
+
+
+def _codes(groups: Tensor, steps: Tensor, zeros: Tensor, top: int) -> Tensor:
+    return (groups / steps[..., None]).add_(zeros[..., None]).round_().clamp_(0, top)
 
 
 def _steps(scales: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .importance import (
     z_score_share,
 )
 from .layers import Layers, Linear, bits_of, block_of
+from .mse import quantize_mse
 from .rtn import quantize_rtn, stands_for
 
 ALL_LEVELS = tuple(range(1, 9))
@@ -88,9 +89,9 @@ def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, 
         raise _too_few_bits(config, least, total, min(levels))
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
-        # Whatever the quantiser, levels are compared by round-to-nearest: quantisers that take long would take it
-        # once for every level.
-        codes = quantize_rtn(weight, bits, config.group_size, config.symmetric, config.scale_dtype)
+        # GPTQ and HQQ would take their time once for every level, and are compared by simpler ones.
+        quantise = quantize_mse if config.quantizer in ("mse", "gptq") else quantize_rtn
+        codes = quantise(weight, bits, config.group_size, config.symmetric, config.scale_dtype)
         return stands_for(*codes, bits, config.group_size)
 
     modules = [[linear.module for linear in layers.of_weight(layer)] for layer in weights]
@@ -159,7 +160,6 @@ def _bytes(layer: Linear, bits: int, config: QuantConfig) -> int:
         group_size=config.group_size,
         symmetric=config.symmetric,
         scale_dtype=config.scale_dtype,
-        fractional_zeros=config.quantizer == "hqq",
         device="meta",
     ).nbytes
 

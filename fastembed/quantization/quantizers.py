@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .gptq import quantize_gptq
 from .hqq import quantize_hqq
+from .mse import quantize_mse
 from .rtn import quantize_rtn
 
 Quantized = tuple[Tensor, Tensor, Tensor | None]  # codes, scales, zeros as `QuantLinear.from_codes` takes them
@@ -16,6 +17,12 @@ def _rtn(
     weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, hessian: Tensor | None
 ) -> Quantized:
     return quantize_rtn(weight, bits, group_size, symmetric, scale_dtype)
+
+
+def _mse(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype, hessian: Tensor | None
+) -> Quantized:
+    return quantize_mse(weight, bits, group_size, symmetric, scale_dtype)
 
 
 def _hqq(
@@ -32,4 +39,4 @@ def _gptq(
 
 
 Quantizer = Callable[[Tensor, int, int, bool, torch.dtype, Tensor | None], Quantized]
-QUANTIZERS: dict[str, Quantizer] = {"rtn": _rtn, "hqq": _hqq, "gptq": _gptq}
+QUANTIZERS: dict[str, Quantizer] = {"rtn": _rtn, "mse": _mse, "hqq": _hqq, "gptq": _gptq}

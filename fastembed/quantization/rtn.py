@@ -47,16 +47,19 @@ def quantize_rtn(
         codes, scales, zeros = _two_values(groups, inside, symmetric, scale_dtype)
     else:
         # Padding with zeros changes no extreme, because the range always includes zero.
-        codes, scales, zeros = _even_steps(groups, bits, symmetric, scale_dtype)
+        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        codes, scales, zeros = even_steps(groups, low, high, bits, symmetric, scale_dtype)
     return codes.to(torch.uint8).flatten(1)[:, :columns], scales, zeros
 
 
-def _even_steps(
-    groups: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+def even_steps(
+    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Groups [rows, groups, size] on 2**bits even steps from low to high [rows, groups], as `quantize_rtn` has them.
+
+    The codes are still of the groups' dtype.
+    """
     top = (1 << bits) - 1
-    low = groups.amin(dim=2).clamp(max=0)
-    high = groups.amax(dim=2).clamp(min=0)
     spread = torch.maximum(-low, high) / (top // 2) if symmetric else (high - low) / top
     scales = stored_scales(spread, scale_dtype)
     # Codes are found with the scale as stored. A group of zeros has scale 0 and any code will do.

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FORMAT = "fastembed-quantized"
 VERSION = 1
 _SETTINGS_FILE = "fastembed.json"
 _TENSORS_FILE = "quantized.safetensors"
+_building = threading.Lock()
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -35,7 +37,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing in it is quantised, or its pooling is swapped, which no file holds.
+        ValueError: nothing in it is quantised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -44,12 +46,13 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
     absorbed = {name: module.by for name, module in places.items() if isinstance(module, surgery.Absorbed)}
     if not layers:
         raise ValueError("model must have quantised layers: call fastembed.quantize(model, ...) first")
-    if any(type(module).__name__ == "FusedPooling" for module in places.values()):
-        raise ValueError("model must not have its pooling swapped: swap with pooling=False, or use fastembed.quantize")
+    poolings = {name for name, module in places.items() if type(module).__name__ == "FusedPooling"}
+    if poolings:  # files hold the modules that they replaced; loading replaces these anew
+        absorbed = {name: by for name, by in absorbed.items() if _beside(name, by) not in poolings}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     library = _library_of(model)
-    _write_skeleton(model, library, folder)
+    _write_skeleton(model, library, folder, poolings)
     first: dict[int, str] = {}
     tied, tensors = {}, {}
     for name, tensor in _tensors_of(model):
@@ -66,6 +69,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "class": type(model).__name__,
         "layers": layers,
         "absorbed": absorbed,
+        "pooling": bool(poolings),
         "tied": tied,
     }
     (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
@@ -101,7 +105,7 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
         raise ValueError(f"model must have the layers of the file, but has no {unknown[0]}")
     tied = settings["tied"]
     _check_tensors(modules, layers, tensors, tied, settings["absorbed"])
-    plan = plan_use(model, layers, settings["absorbed"])
+    plan = plan_use(model, layers, settings["absorbed"], settings.get("pooling", False))
     plan.carry_out()
     given: dict[str, Tensor] = {}
     for name, old in list(_tensors_of(model)):
@@ -188,7 +192,13 @@ def _library_of(model: nn.Module) -> str:
     return "transformers" if hasattr(type(model), "push_to_hub") and hasattr(model, "config") else "torch"
 
 
-def _write_skeleton(model: nn.Module, library: str, folder: Path) -> None:
+def _beside(name: str, other: str) -> str:
+    """The full name of a module's sibling."""
+    parent, _, _ = name.rpartition(".")
+    return f"{parent}.{other}" if parent else other
+
+
+def _write_skeleton(model: nn.Module, library: str, folder: Path, poolings: Set[str]) -> None:
     """What the library builds the model from: all that its own saving writes, but no weights of transformers models."""
     if library == "torch":
         return
@@ -205,12 +215,38 @@ def _write_skeleton(model: nn.Module, library: str, folder: Path) -> None:
     try:
         for encoder in encoders:
             encoder.__dict__["save_pretrained"] = _ConfigOnly(encoder)
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        with _plain_poolings(model, poolings):
+            model.save_pretrained(str(folder))  # type: ignore[operator]
     finally:
         for encoder in encoders:
             del encoder.__dict__["save_pretrained"]
         for module, name, method in overridden:
             module.__dict__[name] = method
+
+
+@contextmanager
+def _plain_poolings(model: nn.Module, names: Set[str]) -> Iterator[None]:
+    """Inside, sentence-transformers' own Pooling and Normalize in the places of the fused poolings of these names."""
+    if not names:
+        yield
+        return
+    from .integrations.sentence_transformers import plain_modules
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain = {name: plain_modules(modules[name]) for name in names}
+    changed = []
+    for parent, name, path, child in list(surgery.places(model)):
+        if path in names:
+            changed.append((parent, name, child))
+            parent._modules[name], _ = plain[path]
+        elif isinstance(child, surgery.Absorbed) and (pooling := _beside(path, child.by)) in names:
+            changed.append((parent, name, child))
+            _, parent._modules[name] = plain[pooling]
+    try:
+        yield
+    finally:
+        for parent, name, child in changed:
+            parent._modules[name] = child
 
 
 class _ConfigOnly:
@@ -245,15 +281,22 @@ def _build_skeleton(settings: Mapping[str, Any], folder: Path) -> nn.Module:
 
 @contextmanager
 def _transformers_without_weights(base: type) -> Iterator[None]:
-    """Inside, `from_pretrained` of transformers models builds from the configuration alone, on the meta device."""
-    original = base.__dict__["from_pretrained"]
+    """Inside, this thread's `from_pretrained` of transformers models builds from the configuration, on the meta device.
 
-    def from_config(cls: type, *_: Any, config: Any, **__: Any) -> Any:
-        with torch.device("meta"):
-            return cls(config)
+    sentence-transformers calls it by itself. Other threads get the method as it is, and wait to do the same.
+    """
+    thread = threading.get_ident()
+    with _building:
+        original = base.__dict__["from_pretrained"]
 
-    base.from_pretrained = classmethod(from_config)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        base.from_pretrained = original  # type: ignore[attr-defined]
+        def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original.__get__(None, cls)(*args, **kwargs)
+            with torch.device("meta"):
+                return cls(kwargs["config"])
+
+        base.from_pretrained = classmethod(from_config)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            base.from_pretrained = original  # type: ignore[attr-defined]

@@ -181,19 +181,24 @@ def unswap(model: nn.Module) -> None:
     surgery.restore(model)
 
 
-def plan_use(model: nn.Module, layers: Mapping[str, QuantLinear], absorbed: Mapping[str, str]) -> "_Plan":
+def plan_use(
+    model: nn.Module, layers: Mapping[str, QuantLinear], absorbed: Mapping[str, str], pooling: bool
+) -> "_Plan":
     """Putting layers that were quantised earlier into a model of the same architecture.
 
     Args:
         model: where they go.
         layers: name -> what replaces the linear layer there.
         absorbed: name of an activation -> the name beside it of the layer that computes it.
+        pooling: whether to swap the pooling, too.
     """
     plan = _Plan(keep_originals=False)
     replacements = [*layers.items(), *((name, surgery.Absorbed(by=by)) for name, by in absorbed.items())]
     for path, replacement in replacements:
         parent, _, name = path.rpartition(".")
         plan.replace(model.get_submodule(parent), name, replacement)
+    if pooling:
+        _plan_pooling(plan, model)
     _plan_encoders(plan, model)
     _plan_saving(plan, model)
     return plan

@@ -127,7 +127,10 @@ def test_zd_counts_weights_with_a_z_score_above_one() -> None:
     assert importance.z_score_share([weight[:20], weight[20:]]) == pytest.approx((scores > 1).float().mean().item())
 
 
-def test_measured_errors_predict_what_quantising_does(model: SentenceTransformer) -> None:
+def test_measured_errors_predict_what_quantising_does(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "_PROBES", 16)
     texts = tiny_models.texts(12)
     expected = model.encode(texts, convert_to_tensor=True)
     for name in ("0.model.encoder.layer.0.intermediate.dense", "0.model.encoder.layer.1.attention.self.value"):
@@ -141,8 +144,7 @@ def test_measured_errors_predict_what_quantising_does(model: SentenceTransformer
             activations="float",
         ).rows
         actual = 1 - torch.cosine_similarity(changed.encode(texts, convert_to_tensor=True), expected).mean().item()
-        # An estimate from two random directions per text.
-        assert row.score == pytest.approx(actual, rel=0.5)
+        assert row.score == pytest.approx(actual, rel=0.3)
 
 
 def test_measured_errors_of_many_levels_are_those_of_each() -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
@@ -47,6 +49,52 @@ def test_transformers_models_come_back(tmp_path: Path, architecture: str) -> Non
     assert type(loaded) is type(model)
     with torch.no_grad():
         outputs = [m(**tiny_models.batch()).last_hidden_state for m in (model, loaded)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("keep_originals", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_swapped_pooling_comes_back(tmp_path: Path, keep_originals: bool, normalize: bool) -> None:
+    model = tiny_models.sentence_transformer(tmp_path, normalize=normalize)
+    modules = len(model)
+    fastembed.swap(model, fastembed.QuantConfig(bits=8), keep_originals=keep_originals, verbose=False)
+    before = str(model)
+    fastembed.save_quantized(model, tmp_path / "quantised")
+    assert str(model) == before
+    written = json.loads((tmp_path / "quantised" / "modules.json").read_text())
+    assert len(written) == modules
+    assert not any("fastembed" in entry["type"] for entry in written)
+    loaded = fastembed.load_quantized(tmp_path / "quantised")
+    assert [type(module) for module in loaded] == [type(module) for module in model]
+    texts = tiny_models.texts()
+    assert torch.equal(loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))
+
+
+def test_loading_beside_other_threads(tmp_path: Path) -> None:
+    """Another thread's from_pretrained gets its weights while models are built without."""
+    model = quantized(tiny_models.sentence_transformer(tmp_path), bits=8)
+    fastembed.save_quantized(model, tmp_path / "quantised")
+    base = transformers.BertModel.from_pretrained(tmp_path / "encoder")
+    with ThreadPoolExecutor(3) as pool:
+        loading = [pool.submit(fastembed.load_quantized, tmp_path / "quantised") for _ in range(2)]
+        other = pool.submit(transformers.BertModel.from_pretrained, tmp_path / "encoder").result()
+        loaded = [future.result() for future in loading]
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), base.parameters(), strict=True))
+    texts = tiny_models.texts()
+    for quantised in loaded:
+        assert torch.equal(quantised.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))
+
+
+def test_t5_is_quantised_whole(tmp_path: Path) -> None:
+    """Its feed-forward asks whether `wo.weight` is a tensor, and of what dtype."""
+    config = transformers.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    model = transformers.T5EncoderModel(config).eval()
+    report = fastembed.quantize(model, bits=8, verbose=False)
+    assert not report.left
+    fastembed.save_quantized(model, tmp_path)
+    batch = tiny_models.batch()
+    with torch.no_grad():
+        outputs = [m(**batch).last_hidden_state for m in (model, fastembed.load_quantized(tmp_path))]
     assert torch.equal(*outputs)
 
 
@@ -126,10 +174,6 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         fastembed.save_quantized(plain(), tmp_path)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         fastembed.save_quantized("model", tmp_path)  # type: ignore[arg-type]
-    model = tiny_models.sentence_transformer(tmp_path)
-    fastembed.swap(model, verbose=False)
-    with pytest.raises(ValueError, match="swap with pooling=False"):
-        fastembed.save_quantized(model, tmp_path / "quantised")
 
 
 def test_compile_export_autocast_and_a_trainable_head() -> None:

@@ -64,6 +64,12 @@ class FusedPooling(Pooling):
         return f"normalize={self.normalize}"
 
 
+def plain_modules(fused: nn.Module) -> tuple[Pooling, Normalize]:
+    """What a FusedPooling stands for: the Pooling, and the Normalize that follows where it normalises."""
+    assert isinstance(fused, FusedPooling)
+    return Pooling(fused.embedding_dimension, fused.pooling_mode, fused.include_prompt), Normalize()
+
+
 def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, str | None]]:
     """Every place with a Pooling: (parent, child's name, the Pooling, name of the Normalize it can take over or None).
 

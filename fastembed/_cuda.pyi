@@ -3,6 +3,8 @@ from typing import TypeAlias
 _Mask: TypeAlias = tuple[int, int, int, int, int, int]
 _Offsets: TypeAlias = tuple[int, int, bool]
 _Exit: TypeAlias = tuple[int, int, int, list[tuple[int, int]]]
+_State: TypeAlias = tuple[int, int]
+_ExitGradient: TypeAlias = tuple[int, int, _State, list[tuple[int, int]]]
 
 latent_forward_columns: int
 latent_backward_columns: int
@@ -44,9 +46,24 @@ def pool_exits(
     cu_seqlens: _Offsets | None,
     mode: int,
     dtype: int,
-    out_dtype: int,
+    out_type: int,
     normalize: bool,
+    states: list[_State],
     workspace: int,
     stream: int,
 ) -> None: ...
 def pool_exits_workspace(exits: int, columns: int, sequences: int, tokens: int, packed: bool) -> int: ...
+def pool_exits_backward(
+    exits: list[_ExitGradient],
+    sequences: int,
+    tokens: int,
+    mask: _Mask | None,
+    cu_seqlens: _Offsets | None,
+    mode: int,
+    dtype: int,
+    prefix_dtype: int,
+    normalize: bool,
+    workspace: int,
+    stream: int,
+) -> None: ...
+def pool_exits_backward_workspace(columns_of_all_exits: int, sequences: int) -> int: ...

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from isa_levels import supported_isa_levels
 
 from fastembed._native import core
-
-ISA_LEVELS = ("generic", "avx2", "avx512", "avx512vnni")
 
 # Timing on a shared machine says nothing about correctness: no deadlines. Derandomised, so that a red run can be
 # repeated; `pytest --hypothesis-profile=explore` looks further, `quick` serves slow builds of the core.
@@ -17,10 +16,6 @@ settings.register_profile("default", derandomize=True, max_examples=40, **_commo
 settings.register_profile("quick", derandomize=True, max_examples=4, **_common)
 settings.register_profile("explore", max_examples=1000, **_common)
 settings.load_profile("default")
-
-
-def supported_isa_levels() -> tuple[str, ...]:
-    return ISA_LEVELS[: ISA_LEVELS.index(core.best_isa()) + 1]
 
 
 @pytest.fixture(params=supported_isa_levels())

@@ -21,7 +21,7 @@ def gradients(call: Call, dtype: torch.dtype | None = None) -> list[Tensor]:
     out_dtype = call.options.get("out_dtype")
     outputs = _flat(fastembed.pool_exits(hidden_states, **{**call.options, "out_dtype": dtype or out_dtype}))
     rounded = out_dtype or call.hidden_states[0].dtype  # the gradients are the same ones in any dtype
-    backward = [_random(tuple(out.shape), i, rounded).to(out.dtype) for i, out in enumerate(outputs)]
+    backward = [_random(tuple(out.shape), i, rounded).to(out) for i, out in enumerate(outputs)]
     return list(torch.autograd.grad(outputs, hidden_states, backward))
 
 

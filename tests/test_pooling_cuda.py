@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_pooling import DTYPES, Call, _flat, _random
+from test_pooling_backward import gradients
 from tolerance import assert_close_to_oracle
 
 import fastembed
@@ -67,3 +68,17 @@ def test_on_another_stream() -> None:
         pooled = fastembed.pool_exits([hidden], normalize=False)[0][64]
     stream.synchronize()
     assert torch.equal(pooled, torch.ones(2, 64, device="cuda"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backward(mode: str, backend: str) -> None:
+    mask = (torch.rand(5, 300, generator=torch.Generator().manual_seed(1)) < 0.7).cuda()
+    hidden = _random((5, 300, 384), 0, torch.bfloat16).cuda()
+    call = Call([hidden, hidden[..., :64]], {"attention_mask": mask, "mode": mode, "dims": [[384, 64], [64]]})
+    with fastembed.use_backend(backend):
+        ours = gradients(call)
+    with fastembed.use_backend("reference"):
+        reference, oracle = gradients(call), gradients(call, torch.float64)
+    for our, same_dtype, exact in zip(ours, reference, oracle, strict=True):
+        assert_close_to_oracle(our, same_dtype, exact, factor=3.0)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import supported_isa_levels
 from hypothesis import given
 from hypothesis import strategies as st
+from isa_levels import supported_isa_levels
 from qmatmul_layers import ALL_BITS, DTYPES, ZEROS, Layer, make_layer, oracle, random_x
 from tolerance import assert_close_to_oracle
 from torch import Tensor

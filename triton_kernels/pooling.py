@@ -2,10 +2,12 @@
 
 `reduce_tokens` sums (or takes the maximum of) the valid tokens of one piece of a sequence, for one block of columns of
 one exit, into a float32 workspace; `finish_rows` joins the pieces in a fixed order, divides, and writes every
-normalised prefix from the one vector it holds in registers. Nothing is added atomically and a sequence is cut by its
-own length only, so a result depends neither on scheduling nor on the other sequences of the batch. Nothing waits for
-the GPU: the values of the mask and of `cu_seqlens` are only ever read in the kernels, which treat any non-zero mask
-value as valid and clamp offsets to the tokens that exist.
+normalised prefix, as floats, int8 or packed bits, from the one vector it holds in registers. Nothing is added
+atomically and a sequence is cut by its own length only, so a result depends neither on scheduling nor on the other
+sequences of the batch. Nothing waits for the GPU: the values of the mask and of `cu_seqlens` are only ever read in the
+kernels, which treat any non-zero mask value as valid and clamp offsets to the tokens that exist.
+
+The backward is in `pooling_backward`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ MIN_PIECE = tl.constexpr(512)
 MAX_PIECES = tl.constexpr(8)
 # Mask values read at a time where a whole row of the mask is scanned.
 BLOCK_MASK = tl.constexpr(1024)
+# Stands for no token where the first of several is looked for.
+NO_TOKEN = tl.constexpr(2**31 - 1)
 EPS = tl.constexpr(NORM_EPS)
 
 # Each exit adds a pointer, and each dim of it another, to the kernels' arguments (4 KiB in all on older drivers).
@@ -43,16 +47,25 @@ def pool_exits(
     dims: Sequence[Sequence[int]],
     normalize: bool,
     out_dtype: torch.dtype,
+    keep_state: bool = False,
 ) -> list[Tensor]:
     """Pool every exit; the same contract as `fastembed.reference.pooling.pool_exits`, except that the values of
     `attention_mask` and `cu_seqlens` are not checked (that would wait for the GPU)."""
     first = hidden_states[0]
     rows = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()  # not every architecture compares every float8
-    outputs = [[first.new_empty(rows, dim, dtype=out_dtype) for dim in exit_dims] for exit_dims in dims]
+    attention_mask, cu_seqlens = readable(attention_mask, cu_seqlens)
+    outputs = [
+        [
+            first.new_empty(rows, triton.cdiv(dim, 8) if out_dtype == torch.uint8 else dim, dtype=out_dtype)
+            for dim in exit_dims
+        ]
+        for exit_dims in dims
+    ]
+    state: list[Tensor] = []
+    if keep_state:
+        shapes = [(rows, max(exit_dims)) for exit_dims in dims]
+        state += [first.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        state += [first.new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
     if rows > 0:
         with torch.cuda.device_of(first):
             for exits in _launch_groups(hidden_states, dims):
@@ -64,8 +77,19 @@ def pool_exits(
                     [dims[i] for i in exits],
                     normalize,
                     [outputs[i] for i in exits],
+                    tuple(state[i] for i in exits) if keep_state else None,
+                    tuple(state[len(dims) + i] for i in exits) if keep_state and mode == "max" else None,
                 )
-    return [output for exit_outputs in outputs for output in exit_outputs]
+    return [output for exit_outputs in outputs for output in exit_outputs] + state
+
+
+def readable(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and offsets as the kernels can read them."""
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()  # not every architecture compares every float8
+    return attention_mask, cu_seqlens
 
 
 def _launch_groups(hidden_states: Sequence[Tensor], dims: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -87,6 +111,8 @@ def _pool_group(
     dims: list[Sequence[int]],
     normalize: bool,
     outputs: list[list[Tensor]],
+    pooled: tuple[Tensor, ...] | None,
+    winners: tuple[Tensor, ...] | None,
 ) -> None:
     hidden = hidden_states[0]
     rows = len(outputs[0][0])
@@ -98,15 +124,20 @@ def _pool_group(
     width = max(widths)
     sources = (tuple(hidden_states), attention_mask, cu_seqlens)
 
-    partials = None
+    partials = partial_winners = None
     if mode not in ("cls", "lasttoken"):
-        block_dim = min(TILE_BYTES // hidden.element_size(), triton.next_power_of_2(width))
+        # Half as much where every value has its token beside it.
+        tile_bytes = TILE_BYTES if winners is None else TILE_BYTES // 2
+        block_dim = min(tile_bytes // hidden.element_size(), triton.next_power_of_2(width))
         column_blocks = triton.cdiv(width, block_dim)
         pieces = min(MAX_PIECES.value, max(1, triton.cdiv(tokens, MIN_PIECE.value)))
         partials = hidden.new_empty(len(dims), pieces, rows, column_blocks * block_dim, dtype=torch.float32)
+        if winners is not None:
+            partial_winners = torch.empty_like(partials, dtype=torch.int32)
         reduce_tokens[rows * column_blocks, pieces, len(dims)](
             *sources,
             partials,
+            partial_winners,
             widths,
             rows,
             column_blocks,
@@ -123,8 +154,11 @@ def _pool_group(
         finish_rows[rows, len(dims)](
             *sources,
             partials,
-            _by_rank([exit_outputs[chunk] for exit_outputs in outputs], outputs[0][0]),
-            _by_rank([exit_dims[chunk] for exit_dims in dims], 0),
+            partial_winners,
+            pooled if start == 0 else None,
+            winners if start == 0 else None,
+            by_rank([exit_outputs[chunk] for exit_outputs in outputs], outputs[0][0]),
+            by_rank([exit_dims[chunk] for exit_dims in dims], 0),
             widths,
             rows,
             0 if partials is None else partials.stride(0),
@@ -132,13 +166,14 @@ def _pool_group(
             *layout,
             MODE=mode,
             NORMALIZE=normalize,
+            OUTPUT={torch.int8: "int8", torch.uint8: "bits"}.get(outputs[0][0].dtype, "float"),
             BLOCK_DIM=block_dim,
             num_warps=min(32, max(1, block_dim // 512)),
             **COMPILER,
         )
 
 
-def _by_rank(per_exit: Sequence[Sequence[object]], filler: object) -> tuple[tuple[object, ...], ...]:
+def by_rank(per_exit: Sequence[Sequence[object]], filler: object) -> tuple[tuple[object, ...], ...]:
     """Transpose lists of different lengths: the first entry of every exit, then the second, ..., filled up."""
     longest = max(map(len, per_exit))
     return tuple(tuple(entries[k] if k < len(entries) else filler for entries in per_exit) for k in range(longest))
@@ -150,6 +185,7 @@ def reduce_tokens(
     mask,
     cu_seqlens,
     partials,
+    partial_winners,
     widths,
     rows,
     column_blocks,
@@ -165,8 +201,8 @@ def reduce_tokens(
     """partials[e, s, b, d] = sum over the valid tokens t in piece s of sequence b of w_t * hidden[e][b, t, d]
 
     with w_t = 1, or t - (first valid token) + 1 for "weightedmean"; for "max" the maximum instead of the sum, NaN if
-    any is NaN, -inf without a valid token. Padding is never loaded. Summed in float32: 32 interleaved sums per column,
-    then a tree over them.
+    any is NaN, -inf without a valid token, and in partial_winners, if wanted, the first t it is of. Padding is never
+    loaded. Summed in float32: 32 interleaved sums per column, then a tree over them.
 
     hidden: one pointer per exit, [rows, tokens, D] or packed [tokens, D]; mask: [rows, tokens] or None; cu_seqlens:
     [rows + 1] or None; widths: columns wanted of each exit; strides in elements.
@@ -188,6 +224,8 @@ def reduce_tokens(
     if MODE == "weightedmean":
         first, _, _, _ = _valid_tokens(mask_row, mask_token_stride, length)
     total = tl.full((BLOCK_TOKENS, BLOCK_DIM), float("-inf") if MODE == "max" else 0.0, tl.float32)
+    if partial_winners is not None:
+        winner = tl.full((BLOCK_TOKENS, BLOCK_DIM), NO_TOKEN, tl.int32)
     for block in range(begin, end, BLOCK_TOKENS):
         token = block + tl.arange(0, BLOCK_TOKENS)
         valid = token < end
@@ -197,6 +235,9 @@ def reduce_tokens(
         values = tl.load(source + token[:, None] * token_stride, mask=loaded, other=0.0).to(tl.float32)
         if MODE == "max":
             values = tl.where(loaded, values, float("-inf"))
+            if partial_winners is not None:
+                wins = loaded & (_is_larger(values, total) | (winner == NO_TOKEN))
+                winner = tl.where(wins, token.to(tl.int32)[:, None], winner)
             total = tl.maximum(total, values, propagate_nan=tl.PropagateNan.ALL)
         elif MODE == "weightedmean":
             total += values * (token - first + 1).to(tl.float32)[:, None]
@@ -209,8 +250,13 @@ def reduce_tokens(
         reduced = tl.where(tl.max(is_nan.to(tl.int32), axis=0) > 0, float("nan"), largest)
     else:
         reduced = tl.sum(total, axis=0)
+    if partial_winners is not None:
+        is_reduced = (total == reduced[None, :]) | (is_nan & (reduced != reduced)[None, :])
+        winner = tl.min(tl.where(is_reduced, winner, NO_TOKEN), axis=0)
     slot = (exit.to(tl.int64) * tl.num_programs(1) + piece) * rows + row
     tl.store(partials + slot * (column_blocks * BLOCK_DIM) + columns, reduced)
+    if partial_winners is not None:
+        tl.store(partial_winners + slot * (column_blocks * BLOCK_DIM) + columns, winner)
 
 
 @triton.jit
@@ -219,6 +265,9 @@ def finish_rows(
     mask,
     cu_seqlens,
     partials,
+    partial_winners,
+    states,
+    winners,
     outputs,
     dims,
     widths,
@@ -233,6 +282,7 @@ def finish_rows(
     mask_token_stride,
     MODE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    OUTPUT: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     """outputs[k][e][b] = p[:dim] / max(||p[:dim]||_2, 1e-12), dim = dims[k][e], without the division if not NORMALIZE,
@@ -240,7 +290,10 @@ def finish_rows(
     where p is, for sequence b of exit e, the sum of the pieces over the count of valid tokens ("mean"), its root
     ("mean_sqrt_len") or the sum of the weights ("weightedmean"), the maximum of the pieces ("max"), or the first or
     last valid token itself ("cls", "lasttoken", which need no partials); zeros without a valid token. Every norm is a
-    float32 sum over the same squares, and rounding to the output's dtype comes last.
+    float32 sum over the same squares, and rounding to the output's dtype comes last. With OUTPUT "int8" instead
+    127 p / max |p|, rounded, zeros if that maximum is 0 or not finite; with "bits" eight signs to a byte.
+
+    states[e], winners[e]: p and, for "max", the first token that each value is of, if wanted; [rows, widths[e]].
 
     Grid: (rows, exits). Other arguments as in `reduce_tokens`.
     """
@@ -253,15 +306,25 @@ def finish_rows(
     first, last, count, weights = _valid_tokens(mask_row, mask_token_stride, length)
     wanted = columns < tl.where(count > 0, _pick(widths, exit), 0)
 
+    if winners is not None:
+        winner = tl.full((BLOCK_DIM,), NO_TOKEN, tl.int32)
     if MODE == "cls" or MODE == "lasttoken":
         token = start + (first if MODE == "cls" else last)
         source = _pick(hidden, exit) + row * row_stride + token * token_stride
         pooled = tl.load(source + columns.to(tl.int64) * dim_stride, mask=wanted, other=0.0).to(tl.float32)
     else:
-        source = partials + exit.to(tl.int64) * partial_exit_stride + row * partial_row_stride + columns
+        place = exit.to(tl.int64) * partial_exit_stride + row * partial_row_stride + columns
+        source = partials + place
         pooled = tl.load(source, mask=wanted, other=0.0)
+        if winners is not None:
+            winner = tl.load(partial_winners + place, mask=wanted, other=NO_TOKEN)
         for piece in range(1, tl.cdiv(length, _piece_length(length))):
             values = tl.load(source + piece * rows * partial_row_stride, mask=wanted, other=0.0)
+            if winners is not None:
+                later = tl.load(
+                    partial_winners + place + piece * rows * partial_row_stride, mask=wanted, other=NO_TOKEN
+                )
+                winner = tl.where(_is_larger(values, pooled) | (winner == NO_TOKEN), later, winner)
             if MODE == "max":
                 pooled = tl.maximum(pooled, values, propagate_nan=tl.PropagateNan.ALL)
             else:
@@ -270,15 +333,44 @@ def finish_rows(
             divisor = tl.maximum(weights if MODE == "weightedmean" else count, 1).to(tl.float32)
             pooled = tl.div_rn(pooled, tl.sqrt_rn(divisor) if MODE == "mean_sqrt_len" else divisor)
 
+    if states is not None:
+        width = _pick(widths, exit)
+        tl.store(_pick(states, exit) + row * width + columns, pooled, mask=columns < width)
+    if winners is not None:
+        width = _pick(widths, exit)
+        winner = tl.where(winner == NO_TOKEN, -1, winner)
+        tl.store(_pick(winners, exit) + row * width + columns, winner, mask=columns < width)
+
     for k in tl.static_range(len(outputs)):
         dim = _pick(dims[k], exit)
         inside = columns < dim
-        prefix = pooled
-        if NORMALIZE:
-            norm = tl.sqrt_rn(tl.sum(tl.where(inside, pooled * pooled, 0.0), axis=0))
-            prefix = tl.div_rn(pooled, tl.where(norm < EPS, EPS, norm))  # a NaN norm stays NaN
-        output = _pick(outputs[k], exit) + row * dim + columns
-        tl.store(output, prefix.to(output.dtype.element_ty), mask=inside)
+        if OUTPUT == "bits":
+            byte = tl.arange(0, BLOCK_DIM // 8)
+            signs = tl.reshape((inside & (pooled > 0)).to(tl.int32), (BLOCK_DIM // 8, 8))
+            packed = tl.sum(signs << (7 - tl.arange(0, 8))[None, :], axis=1)
+            size = (dim + 7) // 8
+            tl.store(_pick(outputs[k], exit) + row * size + byte, packed.to(tl.uint8), mask=byte < size)
+        else:
+            prefix = pooled
+            if OUTPUT == "int8":
+                magnitude = tl.where(inside, tl.abs(pooled), 0.0)
+                largest = tl.max(magnitude, axis=0)
+                finite = tl.min((magnitude < float("inf")).to(tl.int32), axis=0) > 0
+                usable = finite & (largest > 0)
+                scaled = tl.div_rn(tl.where(usable, pooled, 0.0), tl.where(usable, largest, 1.0)) * 127.0
+                # Adding and taking off 1.5 * 2^23 rounds to an integer, ties to even.
+                prefix = (scaled + 12582912.0) - 12582912.0
+            elif NORMALIZE:
+                norm = tl.sqrt_rn(tl.sum(tl.where(inside, pooled * pooled, 0.0), axis=0))
+                prefix = tl.div_rn(pooled, tl.where(norm < EPS, EPS, norm))  # a NaN norm stays NaN
+            output = _pick(outputs[k], exit) + row * dim + columns
+            tl.store(output, prefix.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _is_larger(a, b):
+    """Whether a is larger than b, NaN being the largest of all."""
+    return (a > b) | ((a != a) & (b == b))
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from fastembed.triton_kernels import latent, pooling, qmatmul
+from fastembed.triton_kernels import latent, pooling, pooling_backward, qmatmul
 
 from . import KernelResources
 
@@ -48,6 +48,17 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(family, variant, a call that launches its kernels) at shapes and alignments as in use."""
     for mode in ("mean", "weightedmean", "max", "cls"):
         yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
+    yield "pooling", "max with tokens, bfloat16", lambda: pool_exits("max", torch.bfloat16, keep_state=True)
+    for dtype in (torch.int8, torch.uint8):
+        name = f"mean, bfloat16 to {str(dtype).removeprefix('torch.')}"
+        yield "pooling", name, lambda dtype=dtype: pool_exits("mean", torch.bfloat16, out_dtype=dtype)
+    for mode, packed in (("mean", False), ("max", True)):
+        name = f"{mode}, {'packed' if packed else 'padded'}, bfloat16"
+        yield (
+            "pooling_backward",
+            name,
+            lambda mode=mode, packed=packed: pool_exits_backward(mode, torch.bfloat16, packed=packed),
+        )
     for bits, rows in itertools.product((3, 8), (1, 512)):
         yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
     for dtype in (torch.bfloat16, torch.float32):
@@ -57,16 +68,40 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "latent", f"learned queries, {variant}", lambda dtype=dtype: latent_attention(dtype, 64, 2048, 64, True)
 
 
-def pool_exits(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[torch.Tensor]:
+BATCH, LENGTH, WIDTH = 64, 512, 768
+
+
+def pool_exits(
+    mode: str,
+    dtype: torch.dtype,
+    *,
+    packed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    keep_state: bool = False,
+) -> list[torch.Tensor]:
     """Pool six exits of a base-size encoder to three dims each, on meta tensors."""
-    batch, length, width = 64, 512, 768
+    batch, length, width = BATCH, LENGTH, WIDTH
     with torch.device("meta"):
         hidden_states = [torch.empty(batch, length, width, dtype=dtype) for _ in range(6)]
         mask = torch.empty(batch, length, dtype=torch.int64)
         offsets = torch.empty(batch + 1, dtype=torch.int32)
     tokens = (None, offsets) if packed else (mask, None)
     hidden_states = [hidden.flatten(0, 1) for hidden in hidden_states] if packed else hidden_states
-    return pooling.pool_exits(hidden_states, *tokens, mode, [[64, 256, width]] * 6, True, dtype)
+    dims = [[64, 256, width]] * 6
+    return pooling.pool_exits(hidden_states, *tokens, mode, dims, True, out_dtype or dtype, keep_state)
+
+
+def pool_exits_backward(mode: str, dtype: torch.dtype, *, packed: bool = False) -> list[torch.Tensor]:
+    """The backward of the same."""
+    dims = [[64, 256, WIDTH]] * 6
+    with torch.device("meta"):
+        state = [torch.empty(BATCH, WIDTH) for _ in range(6)]
+        state += [torch.empty(BATCH, WIDTH, dtype=torch.int32) for _ in range(6)] if mode == "max" else []
+        grads = [torch.empty(BATCH, dim, dtype=dtype) for exit_dims in dims for dim in exit_dims]
+        mask = torch.empty(BATCH, LENGTH, dtype=torch.int64)
+        offsets = torch.empty(BATCH + 1, dtype=torch.int32)
+    batch = (None, offsets, BATCH * LENGTH) if packed else (mask, None, LENGTH)
+    return pooling_backward.pool_exits_backward(state, grads, *batch, [WIDTH] * 6, dtype, mode, dims, True)
 
 
 def qlinear(bits: int, rows: int, group_size: int = 64) -> torch.Tensor:

@@ -15,6 +15,22 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 
+// Rounded to nearest even.
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline __half from_float(float x) {
+  return __float2half_rn(x);
+}
+
 // Element `index` of an array whose type is known at run time only.
 __device__ inline float load(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
@@ -28,17 +44,17 @@ __device__ inline float load(const void* data, DType dtype, int64_t index) {
   return 0.0f;
 }
 
-// Rounded to nearest even.
+// Its inverse, rounded.
 __device__ inline void store(void* data, DType dtype, int64_t index, float value) {
   switch (dtype) {
     case DType::f32:
       static_cast<float*>(data)[index] = value;
       return;
     case DType::bf16:
-      static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
+      static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(value);
       return;
     case DType::f16:
-      static_cast<__half*>(data)[index] = __float2half_rn(value);
+      static_cast<__half*>(data)[index] = from_float<__half>(value);
       return;
   }
 }
@@ -52,6 +68,13 @@ template <class T>
 __device__ inline void load_vector(const T* address, T (&values)[vector_size<T>]) {
   const uint4 bits = *reinterpret_cast<const uint4*>(address);
   memcpy(static_cast<void*>(values), &bits, vector_bytes);
+}
+
+template <class T>
+__device__ inline void store_vector(T* address, const T (&values)[vector_size<T>]) {
+  uint4 bits;
+  memcpy(&bits, static_cast<const void*>(values), vector_bytes);
+  *reinterpret_cast<uint4*>(address) = bits;
 }
 
 // Eight neighbours of an array whose type is known at run time only, from an address aligned to 16 bytes.

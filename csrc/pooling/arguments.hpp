@@ -23,6 +23,10 @@ using OffsetsTuple = std::tuple<Address, int64_t, bool>;
 using PrefixTuples = std::vector<std::pair<int64_t, Address>>;
 // (address, sequence stride, token stride, prefixes)
 using ExitTuple = std::tuple<Address, int64_t, int64_t, PrefixTuples>;
+// (address of pooled, address of winner or 0)
+using StateTuple = std::tuple<Address, Address>;
+// (address, size, state, gradients of the prefixes)
+using ExitGradientTuple = std::tuple<Address, int64_t, StateTuple, PrefixTuples>;
 
 inline std::vector<Prefix> to_prefixes(const PrefixTuples& tuples) {
   std::vector<Prefix> prefixes;
@@ -36,6 +40,27 @@ inline std::vector<Exit> to_exits(const std::vector<ExitTuple>& tuples) {
   exits.reserve(tuples.size());
   for (const auto& [data, sequence_stride, token_stride, prefix_tuples] : tuples) {
     exits.push_back({reinterpret_cast<const void*>(data), sequence_stride, token_stride, to_prefixes(prefix_tuples)});
+  }
+  return exits;
+}
+
+inline State to_state(const StateTuple& tuple) {
+  const auto& [pooled, winner] = tuple;
+  return {reinterpret_cast<float*>(pooled), reinterpret_cast<int32_t*>(winner)};
+}
+
+inline std::vector<State> to_states(const std::vector<StateTuple>& tuples) {
+  std::vector<State> states;
+  states.reserve(tuples.size());
+  for (const StateTuple& tuple : tuples) states.push_back(to_state(tuple));
+  return states;
+}
+
+inline std::vector<ExitGradient> to_exit_gradients(const std::vector<ExitGradientTuple>& tuples) {
+  std::vector<ExitGradient> exits;
+  exits.reserve(tuples.size());
+  for (const auto& [data, size, state, prefixes] : tuples) {
+    exits.push_back({reinterpret_cast<void*>(data), size, to_state(state), to_prefixes(prefixes)});
   }
   return exits;
 }

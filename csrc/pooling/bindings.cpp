@@ -6,26 +6,15 @@ namespace pooling = fastembed::pooling;
 
 namespace {
 
-// (address of pooled, address of winner or 0)
-using StateTuple = std::tuple<pooling::Address, pooling::Address>;
-// (address, size, state, gradients of the prefixes)
-using ExitGradientTuple = std::tuple<pooling::Address, int64_t, StateTuple, pooling::PrefixTuples>;
-
-pooling::State to_state(const StateTuple& tuple) {
-  const auto& [pooled, winner] = tuple;
-  return {reinterpret_cast<float*>(pooled), reinterpret_cast<int32_t*>(winner)};
-}
-
 void pool_exits(const std::vector<pooling::ExitTuple>& exits, int64_t sequences, int64_t tokens,
                 const std::optional<pooling::MaskTuple>& mask, const std::optional<pooling::OffsetsTuple>& cu_seqlens,
-                int mode, int dtype, int out_type, bool normalize, const std::vector<StateTuple>& states, int threads) {
+                int mode, int dtype, int out_type, bool normalize, const std::vector<pooling::StateTuple>& states,
+                int threads) {
   const pooling::OwnedBatch batch(sequences, tokens, mask, cu_seqlens);
-  std::vector<pooling::State> to_fill;
-  for (const StateTuple& state : states) to_fill.push_back(to_state(state));
   const py::gil_scoped_release release;
-  pooling::pool_exits(pooling::to_exits(exits), to_fill, batch.get(), static_cast<pooling::Mode>(mode),
-                      static_cast<fastembed::DType>(dtype), static_cast<pooling::OutputType>(out_type), normalize,
-                      threads);
+  pooling::pool_exits(pooling::to_exits(exits), pooling::to_states(states), batch.get(),
+                      static_cast<pooling::Mode>(mode), static_cast<fastembed::DType>(dtype),
+                      static_cast<pooling::OutputType>(out_type), normalize, threads);
 }
 
 void pool_modes(const std::vector<pooling::ExitTuple>& exits, int64_t sequences, int64_t tokens,
@@ -40,17 +29,13 @@ void pool_modes(const std::vector<pooling::ExitTuple>& exits, int64_t sequences,
                       static_cast<pooling::OutputType>(out_type), normalize, threads);
 }
 
-void pool_exits_backward(const std::vector<ExitGradientTuple>& tuples, int64_t sequences, int64_t tokens,
+void pool_exits_backward(const std::vector<pooling::ExitGradientTuple>& exits, int64_t sequences, int64_t tokens,
                          const std::optional<pooling::MaskTuple>& mask,
                          const std::optional<pooling::OffsetsTuple>& cu_seqlens, int mode, int dtype, int prefix_dtype,
                          bool normalize, int threads) {
   const pooling::OwnedBatch batch(sequences, tokens, mask, cu_seqlens);
-  std::vector<pooling::ExitGradient> exits;
-  for (const auto& [data, size, state, prefixes] : tuples) {
-    exits.push_back({reinterpret_cast<void*>(data), size, to_state(state), pooling::to_prefixes(prefixes)});
-  }
   const py::gil_scoped_release release;
-  pooling::pool_exits_backward(std::move(exits), batch.get(), static_cast<pooling::Mode>(mode),
+  pooling::pool_exits_backward(pooling::to_exit_gradients(exits), batch.get(), static_cast<pooling::Mode>(mode),
                                static_cast<fastembed::DType>(dtype), static_cast<fastembed::DType>(prefix_dtype),
                                normalize, threads);
 }

@@ -179,42 +179,6 @@ def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Ten
     return run
 
 
-def _with_codes_and_state(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """A GPU backend's function, which writes floats, with the rest done in PyTorch on what it pooled: int8, packed bits
-    and what the backward needs."""
-
-    def run(
-        hidden_states: list[Tensor],
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        mode: str,
-        dims: list[list[int]],
-        normalize: bool,
-        out_dtype: torch.dtype,
-        keep_state: bool,
-    ) -> list[Tensor]:
-        if not keep_state and out_dtype not in checks.CODES:
-            return pool(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-        widest = [[max(exit_dims)] for exit_dims in dims]
-        pooled = pool(hidden_states, attention_mask, cu_seqlens, mode, widest, False, torch.float32)
-        outputs = [
-            output
-            for vectors, exit_dims in zip(pooled, dims, strict=True)
-            for output in reference.write_prefixes(vectors, exit_dims, normalize, out_dtype)
-        ]
-        if not keep_state:
-            return outputs
-        winners = []
-        if mode == "max":
-            winners = [
-                reference.winners(hidden[..., : vectors.shape[1]], attention_mask, cu_seqlens, vectors)
-                for hidden, vectors in zip(hidden_states, pooled, strict=True)
-            ]
-        return [*outputs, *pooled, *winners]
-
-    return run
-
-
 _MODE_CODES = {mode: code for code, mode in enumerate(MODES)}  # Mode in csrc/pooling/pooling.hpp
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 
@@ -244,14 +208,19 @@ def _pool_exits_cpu(
     keep_state: bool,
 ) -> list[Tensor]:
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    if not keep_state:
-        core.pool_exits(*call.arguments, [], num_threads())
-        return call.outputs
-    shapes = [(call.sequences, max(exit_dims)) for exit_dims in dims]
-    pooled = [hidden_states[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
-    winners = [hidden_states[0].new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
-    core.pool_exits(*call.arguments, _states(pooled, winners), num_threads())
-    return [*call.outputs, *pooled, *winners]
+    state, states = _empty_state(hidden_states[0], call.sequences, mode, dims) if keep_state else ([], [])
+    core.pool_exits(*call.arguments, states, num_threads())
+    return [*call.outputs, *state]
+
+
+def _empty_state(
+    first: Tensor, sequences: int, mode: str, dims: list[list[int]]
+) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Tensors for what the backward needs, and their addresses as both compiled modules take them."""
+    shapes = [(sequences, max(exit_dims)) for exit_dims in dims]
+    pooled = [first.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    winners = [first.new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
+    return [*pooled, *winners], _states(pooled, winners)
 
 
 def _pool_modes_cpu(
@@ -323,6 +292,7 @@ def _pool_exits_cuda(
     dims: list[list[int]],
     normalize: bool,
     out_dtype: torch.dtype,
+    keep_state: bool = False,
 ) -> list[Tensor]:
     call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
     first = hidden_states[0]
@@ -331,10 +301,11 @@ def _pool_exits_cuda(
     floats = cuda.pool_exits_workspace(
         len(hidden_states), max(map(max, dims)), call.sequences, call.tokens, cu_seqlens is not None
     )
+    state, states = _empty_state(first, call.sequences, mode, dims) if keep_state else ([], [])
     with current_stream(first.device) as stream:
         workspace = first.new_empty(floats, dtype=torch.float32)
-        cuda.pool_exits(*call.arguments, workspace.data_ptr(), stream)
-    return call.outputs
+        cuda.pool_exits(*call.arguments, states, workspace.data_ptr(), stream)
+    return [*call.outputs, *state]
 
 
 def _native_batch(attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Any, Any, Any]:
@@ -439,30 +410,81 @@ def _backward_cpu(
     dims_per_exit: list[int],
     normalize: bool,
 ) -> list[Tensor]:
-    exits = len(sizes)
-    sequences = state[0].shape[0]
-    mask, offsets, _alive = _native_batch(attention_mask, cu_seqlens)
-    grads = [grad.resolve_neg().contiguous() for grad in grads]
-    results = _empty_gradients(state, cu_seqlens, tokens, sizes, dtype)
-    prefixes = iter(zip(dims, [grad.data_ptr() for grad in grads], strict=True))
-    states = _states(state[:exits], state[exits:])
-    gradients = [
-        (result.data_ptr(), size, of_exit, [next(prefixes) for _ in range(count)])
-        for result, size, of_exit, count in zip(results, sizes, states, dims_per_exit, strict=True)
-    ]
-    core.pool_exits_backward(
-        gradients,
-        sequences,
-        tokens,
-        mask,
-        offsets,
-        _MODE_CODES[mode],
-        _DTYPE_CODES[dtype],
-        _DTYPE_CODES[grads[0].dtype],
-        normalize,
-        num_threads(),
+    call = _NativeBackward(
+        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, dims, dims_per_exit, normalize
     )
-    return results
+    core.pool_exits_backward(*call.arguments, num_threads())
+    return call.results
+
+
+def _backward_cuda(
+    state: list[Tensor],
+    grads: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    mode: str,
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+) -> list[Tensor]:
+    call = _NativeBackward(
+        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, dims, dims_per_exit, normalize
+    )
+    if len(state[0]) == 0:
+        return [result.zero_() for result in call.results]
+    cuda = _native.cuda
+    assert cuda is not None, "the backend is chosen only where it is available"
+    columns = sum(vectors.shape[1] for vectors in state[: len(sizes)])
+    with current_stream(state[0].device) as stream:
+        workspace = state[0].new_empty(cuda.pool_exits_backward_workspace(columns, len(state[0])))
+        cuda.pool_exits_backward(*call.arguments, workspace.data_ptr(), stream)
+    return call.results
+
+
+class _NativeBackward:
+    """The gradients that a backward fills and the arguments that both compiled modules take.
+
+    Keeps what the arguments point to alive.
+    """
+
+    def __init__(
+        self,
+        state: list[Tensor],
+        grads: list[Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        tokens: int,
+        sizes: list[int],
+        dtype: torch.dtype,
+        mode: str,
+        dims: list[int],
+        dims_per_exit: list[int],
+        normalize: bool,
+    ) -> None:
+        mask, offsets, companions = _native_batch(attention_mask, cu_seqlens)
+        grads = [grad.resolve_neg().contiguous() for grad in grads]
+        self._alive = [companions, grads]
+        self.results = _empty_gradients(state, cu_seqlens, tokens, sizes, dtype)
+        prefixes = iter(zip(dims, [grad.data_ptr() for grad in grads], strict=True))
+        states = _states(state[: len(sizes)], state[len(sizes) :])
+        exits = [
+            (result.data_ptr(), size, of_exit, [next(prefixes) for _ in range(count)])
+            for result, size, of_exit, count in zip(self.results, sizes, states, dims_per_exit, strict=True)
+        ]
+        self.arguments = (
+            exits,
+            len(state[0]),
+            tokens,
+            mask,
+            offsets,
+            _MODE_CODES[mode],
+            _DTYPE_CODES[dtype],
+            _DTYPE_CODES[grads[0].dtype],
+            normalize,
+        )
 
 
 def _empty_gradients(
@@ -520,6 +542,27 @@ def _pool_exits_triton(*args: Any) -> list[Tensor]:
     return pooling.pool_exits(*args)
 
 
+def _backward_triton(
+    state: list[Tensor],
+    grads: list[Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    sizes: list[int],
+    dtype: torch.dtype,
+    mode: str,
+    dims: list[int],
+    dims_per_exit: list[int],
+    normalize: bool,
+) -> list[Tensor]:
+    from ..triton_kernels import pooling_backward
+
+    nested = _by_exit(dims, dims_per_exit)
+    return pooling_backward.pool_exits_backward(
+        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, nested, normalize
+    )
+
+
 # Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype,
 # keep_state), shapes and dtypes already checked, values not, and returns [B, dim] tensors exit by exit, followed with
 # keep_state by what the backward needs (see reference.pool_exits).
@@ -529,8 +572,8 @@ _pool_exits = Op(
     implementations={
         "reference": _implementation(reference.pool_exits),
         "cpu": _implementation(_pool_exits_cpu),
-        "cuda": _implementation(_with_codes_and_state(_pool_exits_cuda)),
-        "triton": _implementation(_with_codes_and_state(_pool_exits_triton)),
+        "cuda": _implementation(_pool_exits_cuda),
+        "triton": _implementation(_pool_exits_triton),
     },
     fake=_fake,
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
@@ -560,9 +603,14 @@ _pool_modes = Op(
 _pool_exits_backward = Op(
     "pool_exits_backward(Tensor[] state, Tensor[] grads, Tensor? attention_mask, Tensor? cu_seqlens, SymInt tokens, "
     "SymInt[] sizes, ScalarType dtype, str mode, int[] dims, int[] dims_per_exit, bool normalize) -> Tensor[]",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    implementations={
+        "reference": _backward_reference,
+        "cpu": _backward_cpu,
+        "cuda": _backward_cuda,
+        "triton": _backward_triton,
+    },
     fake=lambda state, _, __, cu_seqlens, tokens, sizes, dtype, *___: _empty_gradients(
         state, cu_seqlens, tokens, sizes, dtype
     ),
-    accepts={"cpu": frozenset({torch.float32})},
+    accepts={name: frozenset({torch.float32}) for name in ("cpu", "cuda", "triton")},
 )

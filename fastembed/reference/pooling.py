@@ -127,11 +127,6 @@ def pool_exits_backward(
     return results
 
 
-def winners(hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, largest: Tensor) -> Tensor:
-    """What `pool_exits` keeps of "max": which token of `hidden` each of its largest values [B, D] is of."""
-    return _winners(*_padded(hidden, attention_mask, cu_seqlens), largest)
-
-
 def check_values(attention_mask: Tensor | None, cu_seqlens: Tensor | None, shape: Sequence[int]) -> None:
     """Raise ValueError for a mask that is not 0/1 or offsets that do not tile the tokens."""
     if attention_mask is not None and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):

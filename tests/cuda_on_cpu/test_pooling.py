@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastembed
 from fastembed.ops.pooling import MODES
+from fastembed.reference import pooling as reference
+from fastembed.reference.search import pack_bits
 
 pytestmark = pytest.mark.usefixtures("simulated_cuda")
 
@@ -66,6 +68,20 @@ def test_sanitized(mode: str, dtype: torch.dtype) -> None:
     check(Call([hidden, hidden[..., :3]], {"attention_mask": mask, "mode": mode, "dims": [[8, 40], [3]]}))
     check(Call([hidden[0]], {"cu_seqlens": torch.tensor([0, 2, CHUNK + 5]), "mode": mode, "dims": [37]}))
     fastembed.pool_exits([hidden[0]], cu_seqlens=torch.tensor([9, -(2**40), 2**40, 3]), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "cls"])
+def test_int8_and_packed_bits(mode: str) -> None:
+    """Exactly the codes of the vectors that the same kernels pool."""
+    hidden = _random((5, 6, 43), 8)
+    hidden[1], hidden[2, 0, 20], hidden[3, 0, 3] = 0, math.nan, math.inf
+    dims = [43, 8, 21]
+    pooled = fastembed.pool_exits([hidden], mode=mode, normalize=False)[0][43]
+    int8 = fastembed.pool_exits([hidden], mode=mode, dims=dims, out_dtype=torch.int8)[0]
+    bits = fastembed.pool_exits([hidden], mode=mode, dims=dims, out_dtype=torch.uint8)[0]
+    for dim in dims:
+        assert torch.equal(int8[dim], reference.to_int8(pooled[:, :dim]))
+        assert torch.equal(bits[dim], pack_bits(pooled[:, :dim]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -129,4 +145,4 @@ def test_wrong_offsets_stay_inside_the_tensors(offsets: list[int], mode: str) ->
 def test_launch_errors_are_raised(simulated_module: ModuleType) -> None:
     too_many = 2**31
     with pytest.raises(RuntimeError, match="more than one launch takes"):
-        simulated_module.pool_exits([(0, 1, 1, [(1, 0)])], too_many, 1, None, None, 0, 0, 0, True, 0, 0)
+        simulated_module.pool_exits([(0, 1, 1, [(1, 0)])], too_many, 1, None, None, 0, 0, 0, True, [], 0, 0)

@@ -4,13 +4,22 @@ import pytest
 import torch
 
 from bench.static import KernelResources
-from bench.static.triton import ARCHS, compile_offline, noted_instructions, pool_exits, resources, rows
+from bench.static.triton import (
+    ARCHS,
+    compile_offline,
+    noted_instructions,
+    pool_exits,
+    pool_exits_backward,
+    resources,
+    rows,
+)
+from fastembed.triton_kernels import pooling_backward
 from fastembed.triton_kernels.pooling import BLOCK_TOKENS, TILE_BYTES
 
 
 @pytest.fixture(scope="module")
 def table() -> list[KernelResources]:
-    return rows("pooling")
+    return rows("pooling", "pooling_backward")
 
 
 def test_every_kernel_compiles_for_every_architecture(table: list[KernelResources]) -> None:
@@ -18,6 +27,7 @@ def test_every_kernel_compiles_for_every_architecture(table: list[KernelResource
     assert by_arch[0] == by_arch[1] == by_arch[2]
     assert len(table) == len(ARCHS) * len(by_arch[0])
     assert by_arch[0] >= {"pooling.reduce_tokens[mean, bfloat16]", "pooling.finish_rows[cls, bfloat16]"}
+    assert by_arch[0] >= {"pooling_backward.write_tokens[mean, padded, bfloat16]"}
 
 
 def test_nothing_spills(table: list[KernelResources]) -> None:
@@ -37,4 +47,14 @@ def test_token_loop_loads_16_bytes_at_a_time(dtype: torch.dtype, packed: bool) -
     loads = noted_instructions(reduce_tokens)
     assert loads["LDG.128"] == BLOCK_TOKENS.value * TILE_BYTES // (16 * threads)
     for kernel in (reduce_tokens, finish_rows):
+        assert not any(opcode.startswith(("ATOM", "RED")) for opcode in noted_instructions(kernel))
+
+
+def test_gradients_are_written_16_bytes_at_a_time() -> None:
+    kernels = compile_offline(lambda: pool_exits_backward("max", torch.bfloat16, packed=True), 90)
+    _, (write_tokens, _) = kernels
+    threads = 32 * write_tokens.metadata.num_warps
+    tile = pooling_backward.BLOCK_TOKENS.value * pooling_backward.TILE_BYTES
+    assert noted_instructions(write_tokens)["STG.128"] == tile // (16 * threads)
+    for kernel, _ in kernels:
         assert not any(opcode.startswith(("ATOM", "RED")) for opcode in noted_instructions(kernel))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastembed
 from fastembed.ops.pooling import MODES
+from fastembed.reference import pooling as reference
+from fastembed.reference.search import pack_bits
 from fastembed.triton_kernels import pooling as triton_pooling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,13 +220,18 @@ def test_bits_depend_on_the_sequence_alone(mode: str) -> None:
     assert torch.equal(batch[0], packed[0])
 
 
-def test_gradients_flow_through_the_registered_op() -> None:
-    hidden = normal(0, 2, 5, 8).requires_grad_()
-    pool([hidden], mode="mean")[0].sum().backward()
-    ours, hidden.grad = hidden.grad, None
-    with fastembed.use_backend("reference"):
-        fastembed.pool_exits([hidden], mode="mean")[0][8].sum().backward()
-    torch.testing.assert_close(ours, hidden.grad)  # of vectors pooled in another order
+@pytest.mark.parametrize("mode", ["mean", "max", "cls"])
+def test_int8_and_packed_bits(mode: str) -> None:
+    """Exactly the codes of the vectors that the same kernels pool."""
+    hidden = normal(8, 5, 6, 43)
+    hidden[1], hidden[2, 0, 20], hidden[3, 0, 3] = 0, torch.nan, torch.inf
+    dims = [43, 8, 21]
+    pooled = pool([hidden], mode=mode, normalize=False)[0]
+    int8 = pool([hidden], mode=mode, dims=dims, out_dtype=torch.int8)
+    bits = pool([hidden], mode=mode, dims=dims, out_dtype=torch.uint8)
+    for i, dim in enumerate(dims):
+        assert torch.equal(int8[i], reference.to_int8(pooled[:, :dim]))
+        assert torch.equal(bits[i], pack_bits(pooled[:, :dim]))
 
 
 def test_float64_is_refused() -> None:

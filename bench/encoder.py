@@ -18,6 +18,9 @@ from .harness.workload import OURS
 
 transformers = optional_import("transformers")
 
+# Pooling is a thousandth of a forward pass: what the goals ask is that nothing else is added, and calls of half a
+# second on a virtual machine differ by more than that from round to round.
+ROUNDS = 15
 PLAIN = "plain forward"
 KEEPING = "hidden states kept"
 ALL_LAYERS = "fastembed, 6 layers"
@@ -54,7 +57,7 @@ def _six_exits(batch: int, length: int) -> Callable[[Context], Workload]:
             expected=keep_and_pool(),
             amount=inputs["input_ids"].numel(),
             quick=context.quick,
-            goals=[Faster(PLAIN, 1 / 1.02), Faster(KEEPING, 1.0)],
+            goals=[Faster(PLAIN, 1 / 1.02), Faster(KEEPING, 1 / 1.02)],
         )
 
     return setup
@@ -131,6 +134,7 @@ def _workload(
         amount=amount,
         unit="token",
         goals=goals,
+        rounds=ROUNDS,
     )
 
 

@@ -205,6 +205,12 @@ def _write_skeleton(model: nn.Module, library: str, folder: Path, poolings: Set[
     from transformers import PreTrainedModel
 
     encoders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # sentence-transformers' Dense and the like.
+    projections = [
+        module
+        for module in model.modules()
+        if hasattr(type(module), "save_torch_weights") and any(isinstance(m, QuantLinear) for m in module.children())
+    ]
     # A swapped model's own methods write the original instead.
     overridden = [
         (module, name, module.__dict__.pop(name))
@@ -215,11 +221,15 @@ def _write_skeleton(model: nn.Module, library: str, folder: Path, poolings: Set[
     try:
         for encoder in encoders:
             encoder.__dict__["save_pretrained"] = _ConfigOnly(encoder)
+        for projection in projections:
+            projection.__dict__["save_torch_weights"] = _nothing
         with _plain_poolings(model, poolings):
             model.save_pretrained(str(folder))  # type: ignore[operator]
     finally:
         for encoder in encoders:
-            del encoder.__dict__["save_pretrained"]
+            encoder.__dict__.pop("save_pretrained", None)
+        for projection in projections:
+            projection.__dict__.pop("save_torch_weights", None)
         for module, name, method in overridden:
             module.__dict__[name] = method
 
@@ -274,29 +284,43 @@ def _build_skeleton(settings: Mapping[str, Any], folder: Path) -> nn.Module:
         with torch.device("meta"):
             return architecture(transformers.AutoConfig.from_pretrained(folder))
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.module import Module
 
-    with _transformers_without_weights(transformers.PreTrainedModel):
+    with _without_weights(transformers.PreTrainedModel, Module):
         return SentenceTransformer(str(folder), device="meta", local_files_only=True)
 
 
 @contextmanager
-def _transformers_without_weights(base: type) -> Iterator[None]:
-    """Inside, this thread's `from_pretrained` of transformers models builds from the configuration, on the meta device.
+def _without_weights(base: type, module: type) -> Iterator[None]:
+    """Inside, this thread builds models from their configurations alone, transformers' on the meta device.
 
-    sentence-transformers calls it by itself. Other threads get the method as it is, and wait to do the same.
+    sentence-transformers calls `from_pretrained` of transformers models (`base`) and `load_torch_weights` of its own
+    modules (`module`) by itself. Other threads get the methods as they are, and wait to do the same.
     """
     thread = threading.get_ident()
     with _building:
-        original = base.__dict__["from_pretrained"]
+        from_pretrained, load_weights = base.__dict__["from_pretrained"], module.__dict__["load_torch_weights"]
 
         def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
-                return original.__get__(None, cls)(*args, **kwargs)
+                return from_pretrained.__get__(None, cls)(*args, **kwargs)
             with torch.device("meta"):
                 return cls(kwargs["config"])
 
+        def if_there(cls: Any, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Any:
+            file = Path(model_name_or_path, subfolder, "model.safetensors")
+            if threading.get_ident() == thread and kwargs.get("model") is not None and not file.exists():
+                return kwargs["model"]
+            return load_weights.__get__(None, cls)(model_name_or_path, subfolder, **kwargs)
+
         base.from_pretrained = classmethod(from_config)  # type: ignore[attr-defined]
+        module.load_torch_weights = classmethod(if_there)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            base.from_pretrained = original  # type: ignore[attr-defined]
+            base.from_pretrained = from_pretrained  # type: ignore[attr-defined]
+            module.load_torch_weights = load_weights  # type: ignore[attr-defined]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands in for the saving of weights that the quantised file holds."""

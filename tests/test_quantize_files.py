@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 
 import fastembed
@@ -68,6 +69,24 @@ def test_swapped_pooling_comes_back(tmp_path: Path, keep_originals: bool, normal
     assert [type(module) for module in loaded] == [type(module) for module in model]
     texts = tiny_models.texts()
     assert torch.equal(loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))
+
+
+def test_dense_modules_come_back(tmp_path: Path) -> None:
+    model = tiny_models.sentence_transformer(tmp_path, normalize=False)
+    model.append(Dense(64, 32))
+    model = quantized(model, bits=8)
+    assert isinstance(model[2].linear, QuantLinear)
+    fastembed.save_quantized(model, tmp_path / "quantised")
+    assert [file.name for file in (tmp_path / "quantised").rglob("*.safetensors")] == ["quantized.safetensors"]
+    loaded = fastembed.load_quantized(tmp_path / "quantised")
+    texts = tiny_models.texts()
+    assert torch.equal(loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True))
+    # Left alone, its weights are in either file.
+    other = tiny_models.sentence_transformer(tmp_path, normalize=False)
+    other.append(Dense(64, 32))
+    fastembed.save_quantized(quantized(other, bits=8, skip=["2"]), tmp_path / "other")
+    loaded = fastembed.load_quantized(tmp_path / "other")
+    assert torch.equal(loaded.encode(texts, convert_to_tensor=True), other.encode(texts, convert_to_tensor=True))
 
 
 def test_loading_beside_other_threads(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Low-bit layers for the suites of every backend, and what they should give."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from fastembed.ops.qmatmul import dequantize_weight, qlinear
+from fastembed.ops.qmatmul import EPILOGUES, dequantize_weight, qlinear
 from fastembed.reference import qmatmul as reference
 
 ALL_BITS = tuple(range(1, 9))
@@ -72,6 +74,33 @@ def make_layer(
         epilogue,
         activations,
     )
+
+
+def layer_of(zeros: str, *arguments: int, **options: object) -> Layer:
+    """The same by the kind of its zeros, one of ZEROS."""
+    return make_layer(*arguments, symmetric=zeros == "none", fractional=zeros == "fractional", **options)
+
+
+@st.composite
+def layers_and_inputs(
+    draw: st.DrawFn,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    rows: Sequence[int],
+    group_sizes: Sequence[int],
+) -> tuple[Layer, Tensor]:
+    """A layer with one of these sizes and anything else that a layer can have, and an x for it."""
+    features, outputs, tokens = (draw(st.sampled_from(sizes)) for sizes in (in_features, out_features, rows))
+    dtype = draw(st.sampled_from(DTYPES))
+    layer = layer_of(
+        draw(st.sampled_from(ZEROS)),
+        *(features, outputs, draw(st.sampled_from(ALL_BITS)), draw(st.sampled_from(group_sizes))),
+        scale_dtype=draw(st.sampled_from(DTYPES)),
+        bias=draw(st.sampled_from((None, *DTYPES))),
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+    )
+    layer.residual = random_x(tokens, outputs, dtype=dtype, seed=3) if draw(st.booleans()) else None
+    return layer, random_x(tokens, features, dtype=dtype)
 
 
 def oracle(layer: Layer, x: Tensor) -> Tensor:

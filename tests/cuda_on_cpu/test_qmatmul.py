@@ -3,8 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from qmatmul_layers import ALL_BITS, DTYPES, ZEROS, Layer, make_layer, oracle, random_x
+from qmatmul_layers import ALL_BITS, DTYPES, ZEROS, Layer, layer_of, layers_and_inputs, make_layer, oracle, random_x
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 
@@ -26,41 +25,17 @@ def check(layer: Layer, x: Tensor) -> None:
     assert_close_to_oracle(y, theirs, oracle(layer, x))
 
 
-def layer_of(zeros: str, *arguments: int, **options: object) -> Layer:
-    return make_layer(*arguments, symmetric=zeros == "none", fractional=zeros == "fractional", **options)
-
-
 @settings(max_examples=40)
 @given(
-    in_features=st.sampled_from((1, 4, 5, 16, 37, 64, 100, 192, 300)),
-    out_features=st.sampled_from((1, 15, 64, 65, 72, 130, 192)),
-    rows=st.sampled_from((1, 7, OPERAND, 9, FEW, FEW + 1, TILE + 3)),
-    bits=st.sampled_from(ALL_BITS),
-    group_size=st.sampled_from((16, 32, 48, 64, 128, 1024)),
-    zeros=st.sampled_from(ZEROS),
-    scale_dtype=st.sampled_from(DTYPES),
-    residual=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    bias=st.sampled_from((None, *DTYPES)),
-    epilogue=st.sampled_from(EPILOGUES),
+    case=layers_and_inputs(
+        in_features=(1, 4, 5, 16, 37, 64, 100, 192, 300),
+        out_features=(1, 15, 64, 65, 72, 130, 192),
+        rows=(1, 7, OPERAND, 9, FEW, FEW + 1, TILE + 3),
+        group_sizes=(16, 32, 48, 64, 128, 1024),
+    )
 )
-def test_close_to_the_definition(
-    in_features: int,
-    out_features: int,
-    rows: int,
-    bits: int,
-    group_size: int,
-    zeros: str,
-    scale_dtype: torch.dtype,
-    residual: bool,
-    dtype: torch.dtype,
-    bias: torch.dtype | None,
-    epilogue: str | None,
-) -> None:
-    sizes = (in_features, out_features, bits, group_size)
-    layer = layer_of(zeros, *sizes, scale_dtype=scale_dtype, bias=bias, epilogue=epilogue)
-    x = random_x(rows, in_features, dtype=dtype)
-    layer.residual = random_x(rows, out_features, dtype=dtype, seed=3) if residual else None
+def test_close_to_the_definition(case: tuple[Layer, Tensor]) -> None:
+    layer, x = case
     check(layer, x)
 
 

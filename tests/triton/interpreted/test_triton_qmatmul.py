@@ -6,8 +6,7 @@ import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from qmatmul_layers import ALL_BITS, DTYPES, ZEROS, Layer, make_layer, oracle, random_x
+from qmatmul_layers import ALL_BITS, ZEROS, Layer, layer_of, layers_and_inputs, make_layer, oracle, random_x
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 
@@ -32,43 +31,19 @@ def on_reference(layer: Layer, x: Tensor) -> Tensor:
         return layer(x)
 
 
-def layer_of(zeros: str, *arguments: int, **options: object) -> Layer:
-    return make_layer(*arguments, symmetric=zeros == "none", fractional=zeros == "fractional", **options)
-
-
 @settings(max_examples=20)
 @given(
-    in_features=st.sampled_from((1, 5, 37, 64, 200)),
-    out_features=st.sampled_from((1, 65, 130)),
-    rows=st.sampled_from((1, 16, 17, 70)),
-    bits=st.sampled_from(ALL_BITS),
-    group_size=st.sampled_from((16, 48, 64, 128, 1024)),
-    zeros=st.sampled_from(ZEROS),
-    scale_dtype=st.sampled_from(DTYPES),
-    residual=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    bias=st.sampled_from((None, *DTYPES)),
-    epilogue=st.sampled_from(EPILOGUES),
+    case=layers_and_inputs(
+        in_features=(1, 5, 37, 64, 200),
+        out_features=(1, 65, 130),
+        rows=(1, 16, 17, 70),
+        group_sizes=(16, 48, 64, 128, 1024),
+    )
 )
-def test_close_to_the_definition(
-    in_features: int,
-    out_features: int,
-    rows: int,
-    bits: int,
-    group_size: int,
-    zeros: str,
-    scale_dtype: torch.dtype,
-    residual: bool,
-    dtype: torch.dtype,
-    bias: torch.dtype | None,
-    epilogue: str | None,
-) -> None:
-    sizes = (in_features, out_features, bits, group_size)
-    layer = layer_of(zeros, *sizes, scale_dtype=scale_dtype, bias=bias, epilogue=epilogue)
-    x = random_x(rows, in_features, dtype=dtype)
-    layer.residual = random_x(rows, out_features, dtype=dtype, seed=3) if residual else None
+def test_close_to_the_definition(case: tuple[Layer, Tensor]) -> None:
+    layer, x = case
     y = on_triton(layer, x)
-    assert y.dtype == dtype
+    assert y.dtype == x.dtype
     assert_close_to_oracle(y, on_reference(layer, x), oracle(layer, x))
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import fastembed
 from fastembed.nn import MultiExitPooling
+from fastembed.ops import pooling as pooling_ops
 from fastembed.ops.pooling import MODES
+from fastembed.reference import pooling as reference
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0]])
 HIDDEN = [torch.linspace(-2, 2, 3 * 5 * 8).view(3, 5, 8), torch.linspace(1, -3, 3 * 5 * 6).view(3, 5, 6)]
@@ -150,6 +152,14 @@ def test_opcheck_of_several_modes(packed: bool) -> None:
     torch.library.opcheck(torch.ops.fastembed.pool_modes.default, arguments)
 
 
+def test_several_modes_of_a_backend_that_has_one_at_a_time() -> None:
+    mode_by_mode = pooling_ops._mode_by_mode(reference.pool_exits)
+    modes, dims = ["max", "cls", "mean"], [[20, 3], [18]]
+    ours = mode_by_mode(HIDDEN, MASK, None, modes, [20, 3, 18], [2, 1], True, torch.float16)
+    expected = reference.pool_modes(HIDDEN, MASK, None, modes, dims, True, torch.float16)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def test_several_modes_with_gradients() -> None:
     modes = ["max", "mean_sqrt_len", "mean"]
     hidden = [tensor.clone().requires_grad_() for tensor in HIDDEN]
@@ -160,8 +170,8 @@ def test_several_modes_with_gradients() -> None:
     with fastembed.use_backend("reference"):
         again = [tensor.clone().requires_grad_() for tensor in HIDDEN]
         sum(tensor.sum() for tensor in _flat(fastembed.pool_exits(again, MASK, **options))).backward()
-    for ours, reference in zip(hidden, again, strict=True):
-        torch.testing.assert_close(ours.grad, reference.grad)
+    for ours, theirs in zip(hidden, again, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("packed", [False, True])

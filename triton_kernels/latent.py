@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 # 64 x 256 float32 scores are 64 registers of each of 256 threads. So are 32 x 512: all latents of a head at once, which
 # lets heads be added up. The backward holds two blocks of scores. float32 has no tensor-core product of its own
 # precision, and its operands need twice the room.
-FORWARD = Blocks(64, 256, 64, 8, 3)
+FORWARD = Blocks(64, 256, 32, 8, 4)
 FORWARD_FLOAT32 = Blocks(32, 64, 16, 8, 2)
 FOLDED = Blocks(32, 512, 32, 8, 3)
 BACKWARD = Blocks(64, 128, 64, 8, 2)

@@ -28,7 +28,17 @@ SELECTION = {
     "address": "not compile and not export and not opcheck",
     "thread": "thread or concurrent",
 }
-SUITES = ("test_pooling", "test_pooling_backward", "test_qmatmul", "test_quant_linear", "test_search")
+# Beginnings of the names of the suites that run kernels or read index files.
+SUITES = (
+    "test_fde",
+    "test_index",
+    "test_latent",
+    "test_pooling",
+    "test_qmatmul",
+    "test_quant_linear",
+    "test_relative",
+    "test_search",
+)
 
 
 def build(name: str) -> Path:

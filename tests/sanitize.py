@@ -23,9 +23,9 @@ OPTIONS = {
     },
     "thread": {"TSAN_OPTIONS": f"halt_on_error=1:suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}"},
 }
-# torch.compile and torch.export start compilers of their own, which have nothing to do with the core.
+# torch.compile, torch.export and Ray start processes of their own, which have nothing to do with the core.
 SELECTION = {
-    "address": "not compile and not export and not opcheck",
+    "address": "not compile and not export and not opcheck and not test_index_ray",
     "thread": "thread or concurrent",
 }
 # Beginnings of the names of the suites that run kernels or read index files.

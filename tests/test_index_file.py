@@ -354,6 +354,7 @@ while True:
     index.update([0], np.packbits(np.arange(256) < len(index) % 256)[None])
     index.add(rng.integers(0, 256, (1, 32), dtype=np.uint8))
     index.save(path)
+    print("saved", flush=True)
 """
 
 
@@ -361,11 +362,12 @@ def test_a_killed_save_leaves_the_old_index_or_the_new_one(tmp_path: Path) -> No
     path = tmp_path / "index"
     chooser = np.random.default_rng(3)
     rows = 0
-    for _ in range(12):
+    for attempt in range(12):
         saver = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE)
         try:
             assert saver.stdout is not None
-            saver.stdout.readline()
+            for _ in range(1 + attempt % 3):  # killed before, during or after its first save, or one of the next
+                saver.stdout.readline()
             time.sleep(chooser.uniform(0.001, 0.06))
         finally:
             saver.send_signal(signal.SIGKILL)

@@ -117,6 +117,8 @@ class Tiles:
         heads: int,
         eps: float,
     ) -> None:
+        if x.device.type != "cpu":
+            raise ValueError(f"hidden_states must be on the cpu, where an 8-bit feed-forward runs, got {x.device}")
         self.x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         self.offsets = cu_seqlens.contiguous()
         self.scores, self.score_bias, self.values = score_panels, score_bias.contiguous(), value_panels

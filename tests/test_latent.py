@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastembed.nn import LatentAttentionPooling
+from fastembed.ops import latent
 from fastembed.reference.latent import nv_embed_pooling
 
 DIM, HEADS = 24, 2
@@ -208,6 +209,9 @@ def test_eight_bits() -> None:
         module.quantize(9)
     with pytest.raises(ValueError, match="only a block that folds"):
         LatentAttentionPooling(DIM, 40, HEADS, 4).quantize(8)
+    elsewhere = torch.empty(3, DIM, device="meta")
+    with pytest.raises(ValueError, match="hidden_states must be on the cpu"):
+        latent.Tiles(elsewhere, elsewhere, elsewhere, elsewhere, elsewhere, HEADS, 1e-5)
 
 
 # ---- masks and values ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 import fastembed
 
 from . import Case, Context, Faster, OfLimit, Workload, limits, optional_import
+from .harness import environment
 from .harness.workload import OURS
 
 st_models = optional_import("sentence_transformers.models")
@@ -25,6 +26,7 @@ BMM = "PyTorch bmm"
 COMPILED = "torch.compile"
 FILL = "PyTorch fill"
 READ = "reading alone"
+WRITE = "writing alone"
 BY_MODE = "mode by mode"
 # Bytes; hidden states that may stay in a cache between calls owe the memory nothing.
 LARGEST_CACHE = 1 << 26
@@ -52,7 +54,10 @@ def cases() -> Iterator[Case]:
     tiny: list[Faster | OfLimit] = [Faster(PEER, 1.0), Faster(BMM, 1.0)]
     yield Case("mean, 1 exit, 1 x 8 x 384", _pooling("mean", 1, 1, 8, 384, dims=1, goals=tiny))
     for mode in ("mean", "max"):
-        yield Case(f"backward of {mode}, 6 exits, 32 x 256 x 768", _backward(mode, 6, 32, 256, 768))
+        for reuse in (True, False):
+            memory = "reused" if reuse else "fresh"
+            case = f"backward of {mode} to {memory} memory, 6 exits, 32 x 256 x 768"
+            yield Case(case, _backward(mode, 6, 32, 256, 768, reuse=reuse))
 
 
 def _pooling(
@@ -108,11 +113,15 @@ def _pooling(
     return setup
 
 
-def _backward(mode: str, exits: int, batch: int, length: int, size: int) -> Callable[[Context], Workload]:
-    """The gradients of all hidden states, whose bytes have to be written: that is the limit. What a program gets of it
-    depends on the allocator, which may have to clear fresh pages: "fill" does nothing but allocate and write them."""
+def _backward(
+    mode: str, exits: int, batch: int, length: int, size: int, *, reuse: bool
+) -> Callable[[Context], Workload]:
+    """The gradients of all hidden states, whose bytes have to be written: that is the limit, which "writing alone"
+    shows in turns with the others. Of fresh memory the system has to clear every page first; "fill" does nothing but
+    allocate and write either kind."""
 
     def setup(context: Context) -> Workload:
+        environment.reuse_memory(reuse)
         hidden_states, mask = _inputs(context, exits, batch, length, size, 1.0, torch.float32)
         prefixes = [size >> i for i in range(5)]
         for hidden in hidden_states:
@@ -137,9 +146,12 @@ def _backward(mode: str, exits: int, batch: int, length: int, size: int) -> Call
             providers[PEER] = backward(_sentence_transformers(hidden_states, mask, mode, prefixes))
         if mode == "mean":
             providers[BMM] = backward(lambda: _bmm(hidden_states, mask, prefixes))
+        if reuse and context.device == "cpu":
+            rows = [row for hidden in hidden_states for row in torch.ones_like(hidden, requires_grad=False)]
+            providers[WRITE] = limits.writer(rows, context.threads)
 
         def error(provider: str, result: Any) -> float:
-            if provider == FILL:
+            if provider in (FILL, WRITE):
                 return 0.0
             pairs = zip(result, expected, strict=True)
             return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
@@ -151,8 +163,8 @@ def _backward(mode: str, exits: int, batch: int, length: int, size: int) -> Call
             tolerance=1e-5,
             amount=written,
             unit="B",
-            demands={"tensor write": written} if written > LARGEST_CACHE else {},
-            goals=[Faster(FILL, 1 / 1.2), OfLimit(1 / 1.2), Faster(PEER, 5.0)],
+            demands={"tensor write": written} if reuse and written > LARGEST_CACHE else {},
+            goals=[Faster(WRITE if reuse else FILL, 1 / 1.2), Faster(PEER, 5.0)],
         )
 
     return setup

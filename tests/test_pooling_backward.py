@@ -1,6 +1,7 @@
 """The backward of multi-exit pooling on the CPU: agreement with the reference in float64, and what must not matter."""
 
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tolerance import assert_close_to_oracle
 from torch import Tensor
 
 import fastembed
+from fastembed.ops import pooling
 from fastembed.ops.pooling import MODES
 
 
@@ -64,6 +66,24 @@ def test_neither_threads_nor_the_batch_nor_its_size_matter(isa: str, thread_coun
     backward = [_random((11, output.shape[1]), i)[10:] for i, output in enumerate(outputs)]
     (of_row,) = torch.autograd.grad(outputs, [alone], backward)
     torch.testing.assert_close(of_row[0], expected[10], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_fresh_and_reused_memory(isa: str, thread_counts: tuple[int, ...], mode: str, monkeypatch: Any) -> None:
+    """Gradients so large that they are written past the caches, unless their memory was never written to before."""
+    call = Call([_random((2, 700, 1536), i) for i in range(3)], {"mode": mode})
+    torch.set_num_threads(thread_counts[-1])
+    expected = gradients(call)
+    shape = call.hidden_states[0].shape
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        fresh = [mmap.mmap(-1, 4 * shape.numel(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(3)]
+        memory = [torch.frombuffer(pages, dtype=torch.float32).view(shape) for pages in fresh]
+        monkeypatch.setattr(pooling, "_empty_gradients", lambda *_, memory=memory: memory)
+        for _ in range(2):
+            assert all(map(torch.equal, gradients(call), expected))
+            for written in memory:
+                written.fill_(math.nan)
 
 
 @pytest.mark.parametrize("values", [[1.0, 3.0, 3.0], [-math.inf, -math.inf, -math.inf], [1.0, math.nan, math.nan]])

@@ -46,11 +46,21 @@ def reader(pieces: Sequence[torch.Tensor], threads: int) -> Callable[[], None]:
     """A call that does nothing but read contiguous tensors in memory, as fast as the machine can: a limit that can be
     timed in turns with what has to read the same bytes. The memory of a virtual machine is shared with others, and what
     it delivers changes from second to second."""
-    library = _library()
+    return _through_pieces("read_pieces", pieces, threads)
+
+
+def writer(pieces: Sequence[torch.Tensor], threads: int) -> Callable[[], None]:
+    """The same for what has to write: a call that overwrites contiguous tensors, whose memory begins and ends at
+    multiples of 64 bytes."""
+    return _through_pieces("write_pieces", pieces, threads)
+
+
+def _through_pieces(name: str, pieces: Sequence[torch.Tensor], threads: int) -> Callable[[], None]:
+    function = getattr(_library(), name)
     addresses = (ctypes.c_void_p * len(pieces))(*[piece.data_ptr() for piece in pieces])
     sizes = (ctypes.c_size_t * len(pieces))(*[piece.nbytes for piece in pieces])
     kept = list(pieces)
-    return lambda: library.read_pieces(threads, addresses, sizes, len(kept))
+    return lambda: function(threads, addresses, sizes, len(kept))
 
 
 def _measure_cpu(threads: int, quick: bool) -> dict[str, float]:
@@ -118,8 +128,9 @@ def _library() -> ctypes.CDLL:
     for name in ("int8", "float32", "popcount"):
         getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_double]
         getattr(library, f"limit_{name}").restype = ctypes.c_double
-    library.read_pieces.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-    library.read_pieces.restype = None
+    for name in ("read_pieces", "write_pieces"):
+        getattr(library, name).argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+        getattr(library, name).restype = None
     for name in ("read", "write"):
         getattr(library, f"limit_{name}").argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         getattr(library, f"limit_{name}").restype = ctypes.c_double

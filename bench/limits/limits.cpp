@@ -195,6 +195,19 @@ void write_pass(char* data, size_t bytes) {
   }
 }
 
+// Calls work(i) for every i below `count`; a thread that is done with one takes the next.
+template <class Work>
+void for_pieces(int threads, int count, const Work& work) {
+  std::atomic<int> next{0};
+  const auto take = [&] {
+    for (int i = next++; i < count; i = next++) work(i);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(take);
+  take();
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 extern "C" {
@@ -261,15 +274,13 @@ double limit_read(int threads, char* data, size_t bytes, int repeats) {
 
 // Reads `count` pieces of memory, whole vectors of them, as fast as the machine can; a thread that is done with one
 // takes the next.
-void read_pieces(int threads, const char* const* data, const size_t* bytes, int count) {
-  std::atomic<int> next{0};
-  const auto work = [&] {
-    for (int i = next++; i < count; i = next++) read_pass<8, 4096, 1 << 15>(data[i], bytes[i]);
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
+void read_pieces(int threads, char* const* data, const size_t* bytes, int count) {
+  for_pieces(threads, count, [&](int i) { read_pass<8, 4096, 1 << 15>(data[i], bytes[i]); });
+}
+
+// Writes them.
+void write_pieces(int threads, char* const* data, const size_t* bytes, int count) {
+  for_pieces(threads, count, [&](int i) { write_pass(data[i], bytes[i]); });
 }
 
 double limit_write(int threads, char* data, size_t bytes, int repeats) {

@@ -37,11 +37,22 @@ void run_team(int team, int64_t tasks, const Body& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
+template <class Body>
+void run_team_in_runs(int team, int64_t tasks, const Body& body) {
+  run_team(team, tasks, body);
+}
+
 #else
 
 template <class Body>
 void run_team(int team, int64_t tasks, const Body& body) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+template <class Body>
+void run_team_in_runs(int team, int64_t tasks, const Body& body) {
+#pragma omp parallel for schedule(guided, 1) num_threads(team)
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
@@ -68,6 +79,15 @@ template <class Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
   const int team = team_size(tasks, threads);
   if (team > 1) return run_team(team, tasks, body);
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// parallel_for where a thread takes a long run of tasks at first and ever shorter ones towards the end: for tasks whose
+// neighbours share something that two threads should not both be at, such as fresh pages.
+template <class Body>
+void parallel_for_in_runs(int64_t tasks, int threads, const Body& body) {
+  const int team = team_size(tasks, threads);
+  if (team > 1) return run_team_in_runs(team, tasks, body);
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 

@@ -21,19 +21,39 @@ constexpr int64_t bytes_per_thread = 256 << 10;
 // Gradients larger than this would push everything else out of the last-level cache, and be gone from it themselves
 // before they are read.
 constexpr int64_t bytes_to_stream = 16 << 20;
+constexpr int64_t bytes_for_huge_pages = 8 << 20;
 
-// Gradients are fresh memory, of which the kernel has to clear every page when it is first written to: asking for pages
-// of 2 MB makes that four times cheaper. Only a hint, and only where it is large enough to matter.
-void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
-  constexpr int64_t enough = 8 << 20;
-  if (bytes < enough) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+
+constexpr uintptr_t page = 4096;
+
+// The system clears every page of fresh memory when it is first written to, which pages of 2 MB make four times cheaper.
+// Only a hint. It covers what shares a page with either end: an allocation begins a few bytes after a multiple of 2 MB,
+// and without them its first 2 MB would stay in pages of 4 KB.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
+
+// Whether most of the memory has never been written to, by a sample of its pages. False where nobody can tell.
+bool is_fresh(const void* data, int64_t bytes) {
+  constexpr int samples = 8;
+  int fresh = 0;
+  for (int i = 0; i < samples; ++i) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(data) + (2 * i + 1) * bytes / (2 * samples);
+    unsigned char resident = 1;
+    fresh += mincore(reinterpret_cast<void*>(at / page * page), page, &resident) == 0 && (resident & 1) == 0;
+  }
+  return 2 * fresh > samples;
+}
+
+#else
+
+void ask_for_huge_pages(void*, int64_t) {}
+bool is_fresh(const void*, int64_t) { return false; }
+
+#endif
 
 int64_t columns_of(const ExitGradient& exit) { return exit.prefixes.back().dim; }
 
@@ -44,7 +64,7 @@ struct Call {
   int64_t padded_tokens;  // of every sequence; 0 when packed
   Mode mode;
   DType dtype;
-  bool stream;
+  const std::vector<bool>& streams;  // by exit: whether to write past the caches
   const Kernels& kernels;
 
   // The gradient of tokens [begin, end) of a row's sequence, from that of their sum.
@@ -55,7 +75,7 @@ struct Call {
     char* const data = static_cast<char*>(exit.data) + (row % sequences * padded_tokens + sequence.start) * token_bytes;
     const int64_t columns = columns_of(exit);
     const Kernels::TokenBackward write = kernels.token_backward[static_cast<int>(dtype)];
-    const bool is_max = mode == Mode::max;
+    const bool is_max = mode == Mode::max, stream = streams[row / sequences];
     const int64_t* const valid_end = sequence.index + (is_max ? 0 : sequence.count);
     const int64_t* valid = std::lower_bound(sequence.index, valid_end, begin);
     for (int64_t t = begin; t < end; ++t) {
@@ -93,11 +113,16 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
   const bool packed = batch.offsets != nullptr;
   const int64_t rows_of_tokens = (packed ? 1 : batch.sequences) * batch.tokens;
   const int64_t bytes = rows_of_tokens * all_sizes * size_of(dtype);
-  for (const ExitGradient& exit : exits) ask_for_huge_pages(exit.data, rows_of_tokens * exit.size * size_of(dtype));
+  std::vector<bool> streams;
+  for (const ExitGradient& exit : exits) {
+    const int64_t bytes_of_exit = rows_of_tokens * exit.size * size_of(dtype);
+    // What the system has just cleared is in the caches: writing past them would cost twice the traffic.
+    streams.push_back(bytes > bytes_to_stream && !is_fresh(exit.data, bytes_of_exit));
+    if (bytes_of_exit >= bytes_for_huge_pages) ask_for_huge_pages(exit.data, bytes_of_exit);
+  }
   const int team = team_size(1 + bytes / bytes_per_thread, threads);
   const Kernels& kernels = active_kernels();
-  const Call call = {exits, plan,  batch.sequences,         packed ? 0 : batch.tokens,
-                     mode,  dtype, bytes > bytes_to_stream, kernels};
+  const Call call = {exits, plan, batch.sequences, packed ? 0 : batch.tokens, mode, dtype, streams, kernels};
 
   const int64_t rows = static_cast<int64_t>(exits.size()) * batch.sequences;
   const std::unique_ptr<float[]> grads(new float[rows * most_columns]);
@@ -108,10 +133,11 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
         exit.state.pooled + sequence * columns, exit.prefixes.data(), static_cast<int64_t>(exit.prefixes.size()),
         sequence, normalize, plan[sequence].divisor, columns, grads.get() + row * most_columns);
   });
-  // Twice as many tasks as threads, so that none waits long for the last.
+  // Twice as many tasks as threads, so that none waits long for the last. Runs of them, because two threads that come to
+  // the same fresh page at once both clear one, of which one is thrown away.
   const int64_t pieces = team == 1 || rows == 0 ? 1 : ceil_div(2 * team, rows);
   const int64_t piece = ceil_div(longest, pieces);
-  parallel_for(rows * pieces, team, [&](int64_t task) {
+  parallel_for_in_runs(rows * pieces, team, [&](int64_t task) {
     const int64_t row = task / pieces, begin = task % pieces * piece;
     const int64_t end = std::min(begin + piece, plan[row % batch.sequences].length);
     if (begin < end) call.write_tokens(row, begin, end, grads.get() + row * most_columns);

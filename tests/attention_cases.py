@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from tolerance import assert_close_to_oracle
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastembed.ops.latent_attention import latent_attention
 from fastembed.reference import latent as reference
@@ -41,6 +42,12 @@ class Case:
         tensors = ("query", "key", "value", "keep", "grad")
         return replace(self, **{name: getattr(self, name)[index : index + 1] for name in tensors})
 
+    def padded(self, left: int, right: int) -> "Case":
+        """With so many more keys on either side, which are NaN and nobody keeps."""
+        key, value = (F.pad(x, (0, 0, left, right), value=float("nan")) for x in (self.key, self.value))
+        keep = self.keep if self.keep is not None else torch.ones(len(key), self.key.shape[2], dtype=torch.bool)
+        return replace(self, key=key, value=value, keep=F.pad(keep, (left, right)))
+
 
 def make_case(
     batch: int, queries: int, keys: int, features: int, value_features: int, masked: bool, dtype: torch.dtype
@@ -66,3 +73,16 @@ def assert_as_good_as_pytorch(case: Case) -> None:
     for our, their, exact, factor in zip(ours, theirs, oracle, (2, 3, 3, 3), strict=True):
         assert our.dtype == case.query.dtype
         assert_close_to_oracle(our, their, exact, factor=factor)
+
+
+def assert_padding_does_not_show(case: Case, left: int, right: int) -> None:
+    """Bit for bit, in the result and in the gradients, also where the padding fills blocks of its own."""
+    keys = case.key.shape[2]
+    out, query_grad, *of_keys = case.padded(left, right).out_and_gradients()
+    expected = case.out_and_gradients()
+    assert torch.equal(out, expected[0])
+    assert torch.equal(query_grad, expected[1])
+    for ours, theirs in zip(of_keys, expected[2:], strict=True):
+        assert torch.equal(ours[:, :, left : left + keys], theirs)
+        assert not ours[:, :, :left].any()
+        assert not ours[:, :, left + keys :].any()

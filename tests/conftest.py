@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from isa_levels import supported_isa_levels
 
 from fastembed._native import core
+from fastembed.backends import unavailable_reason
 
 # Timing on a shared machine says nothing about correctness: no deadlines. Derandomised, so that a red run can be
 # repeated; `pytest --hypothesis-profile=explore` looks further, `quick` serves slow builds of the core.
@@ -33,3 +34,13 @@ def thread_counts() -> Iterator[tuple[int, ...]]:
     before = torch.get_num_threads()
     yield (1, 2, 3)
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that runs on this machine's GPU; tests with one of them only parametrize it indirectly."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    if (reason := unavailable_reason(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param

@@ -2,9 +2,15 @@
 
 from typing import Any
 
+import pytest
 import torch
+from tolerance import assert_close_to_oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastembed import use_backend
+from fastembed.nn import LatentAttentionPooling
+from fastembed.ops.latent_attention import latent_attention
 
 
 def nv_embed_weights(
@@ -76,6 +82,34 @@ def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+
+
+def assert_learned_queries_take_one_launch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folded head with latents as queries, by the backend in use, against itself on the CPU: padding at either side,
+    a hole, a row without tokens; and the attention is one call whatever the batch."""
+    torch.manual_seed(0)
+    settings = {"qkv_bias": True, "ffn": "gelu_tanh", "reduce": "flatten", "normalize": False}
+    module = LatentAttentionPooling(24, 3, 2, direction="latents_q", **settings).to(dtype).eval()
+    assert module.folds()
+    x, mask = torch.randn(5, 11, 24).to(dtype), torch.ones(5, 11, dtype=torch.bool)
+    mask[0, :4], mask[1, 7:], mask[2, 5], mask[3] = False, False, False, False
+    x[~mask] = float("nan")
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return latent_attention(*args, **kwargs)
+
+    monkeypatch.setattr("fastembed.nn.latent.latent_attention", counted)
+    with torch.no_grad():
+        ours = module(x, mask)
+        assert len(calls) == 1
+        with use_backend("cpu"):
+            theirs = module(x, mask)
+            oracle = module.double()(x.double(), mask)
+        assert len(calls) == 1
+    assert not ours[3].any()
+    assert_close_to_oracle(ours, theirs, oracle)
 
 
 class LatentAttentionModel(nn.Module):

@@ -8,19 +8,9 @@ from attention_cases import SIZES, Case, assert_as_good_as_pytorch, make_case
 from latent_models import nv_embed_weights
 
 import fastembed
-from fastembed.backends import unavailable_reason
 from fastembed.nn import LatentAttentionPooling
 
 pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA device")
-    if (reason := unavailable_reason(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def on_device(case: Case) -> Case:
@@ -31,10 +21,10 @@ def on_device(case: Case) -> Case:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [*SIZES, (1000, 512, 4096, 4096), (65, 3000, 64, 64)])
-def test_close_to_the_definition_with_gradients(backend: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    if backend == "cuda" and dtype == torch.float32:
+def test_close_to_the_definition_with_gradients(gpu_backend: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    if gpu_backend == "cuda" and dtype == torch.float32:
         pytest.skip("float32 has no tensor-core product of its own precision")
-    with fastembed.use_backend(backend):
+    with fastembed.use_backend(gpu_backend):
         assert_as_good_as_pytorch(on_device(make_case(2, *sizes, masked=sizes[0] % 2 == 1, dtype=dtype)))
 
 

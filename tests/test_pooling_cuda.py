@@ -7,19 +7,13 @@ from test_pooling_backward import gradients
 from tolerance import assert_close_to_oracle
 
 import fastembed
-from fastembed.backends import unavailable_reason
 from fastembed.ops.pooling import MODES
 
-
-@pytest.fixture(autouse=True)
-def cuda_device() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA device")
-    if (reason := unavailable_reason("cuda")) is not None:
-        pytest.skip(reason)
-
-
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("gpu_backend"),
+    pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True),
+]
 
 
 def check(call: Call) -> None:

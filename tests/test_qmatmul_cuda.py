@@ -7,18 +7,8 @@ from tolerance import assert_close_to_oracle
 from torch import Tensor
 
 import fastembed
-from fastembed.backends import unavailable_reason
 
 pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA device")
-    if (reason := unavailable_reason(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def on_device(layer: Layer) -> Layer:
@@ -28,9 +18,9 @@ def on_device(layer: Layer) -> Layer:
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("rows", [1, 9, 33, 500])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_close_to_the_definition(backend: str, bits: int, rows: int, dtype: torch.dtype) -> None:
+def test_close_to_the_definition(gpu_backend: str, bits: int, rows: int, dtype: torch.dtype) -> None:
     layer, x = make_layer(768, 1100, bits, epilogue="gelu"), random_x(rows, 768, dtype=dtype)
-    with fastembed.use_backend(backend):
+    with fastembed.use_backend(gpu_backend):
         y = on_device(layer)(x.cuda()).cpu()
     with fastembed.use_backend("reference"):
         theirs = layer(x)
@@ -38,10 +28,10 @@ def test_close_to_the_definition(backend: str, bits: int, rows: int, dtype: torc
 
 
 @pytest.mark.parametrize("rows", [1, 200])
-def test_in_a_cuda_graph(backend: str, rows: int) -> None:
+def test_in_a_cuda_graph(gpu_backend: str, rows: int) -> None:
     """Nothing in the call waits for the device or allocates outside PyTorch's pools."""
     layer, x = on_device(make_layer(4096, 256)), random_x(rows, 4096).cuda()
-    with fastembed.use_backend(backend):
+    with fastembed.use_backend(gpu_backend):
         expected = layer(x)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -5,17 +5,12 @@ import torch
 
 import fastembed
 from fastembed import hamming_topk, pack_bits, sdc_encode, sdc_topk
-from fastembed.backends import unavailable_reason
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def cuda_device() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA device")
-    if (reason := unavailable_reason("cuda")) is not None:
-        pytest.skip(reason)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("gpu_backend"),
+    pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True),
+]
 
 
 @pytest.mark.parametrize("queries", [1, 8, 100])

@@ -5,9 +5,10 @@ registers; the softmax goes from block to block by its running maximum and sum; 
 made a few features at a time, so that no width of head is too large. Where there is one block, as with the 512 latents
 of NV-Embed, each output is written once; where there are more, it waits for the next block in float32 memory.
 
-The backward makes the probabilities again from the logarithm of their sum. `query_gradient` has queries as rows and
-keys as columns, `key_value_gradients` the other way around, so both add up what they own and nothing is added
-atomically. The order of every sum depends on the shapes alone.
+The backward makes the probabilities again from the logarithm of their sum. `gradients` has queries as rows and keys as
+columns, or the other way around, so it adds up what it owns and nothing is added atomically. Blocks of keys begin at
+the first that is kept and end with the last: the order of every sum depends on the shapes and on what is kept, not on
+padding.
 """
 
 import math
@@ -38,7 +39,7 @@ class Blocks(NamedTuple):
 FORWARD = Blocks(64, 256, 32, 8, 4)
 FORWARD_FLOAT32 = Blocks(32, 64, 16, 8, 2)
 FOLDED = Blocks(32, 512, 32, 8, 3)
-BACKWARD = Blocks(64, 128, 64, 8, 2)
+BACKWARD = Blocks(64, 128, 32, 8, 3)
 BACKWARD_FLOAT32 = Blocks(32, 64, 16, 8, 1)
 # Blocks that a launch should have, where dividing the heads can bring them.
 PROGRAMS_WANTED = 264
@@ -49,7 +50,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, sc
     batch, heads, queries, _ = query.shape
     blocks = _blocks(FORWARD if query.element_size() == 2 else FORWARD_FLOAT32, queries, key.shape[2])
     one_block = key.shape[2] <= blocks.columns
-    out = query.new_empty(batch, heads, queries, value.shape[3], dtype=query.dtype if one_block else torch.float32)
+    shape = batch, heads, queries, value.shape[3]
+    out = torch.zeros(shape, dtype=query.dtype if one_block else torch.float32, device=query.device)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     _attend(query, key, value, None, keep, out, out.stride()[:3], lse, scale, 1, blocks)
     return out.to(query.dtype), lse
@@ -66,49 +68,67 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The contract of `fastembed.reference.latent.attention_backward`."""
-    batch, heads, queries, features = query.shape
-    keys, value_features = value.shape[2:]
+    queries, keys = query.shape[2], key.shape[2]
     deltas = (grad.float() * out.float()).sum(dim=-1)
     grad, query, key, value = map(_with_unit_stride, (grad, query, key, value))
     config = BACKWARD if query.element_size() == 2 else BACKWARD_FLOAT32
-    gradients = []
-    for kernel, rows, columns, widths in (
-        (query_gradient, queries, keys, (features,)),
-        (key_value_gradients, keys, queries, (features, value_features)),
-    ):
-        blocks = _blocks(config, rows, columns)
-        dtype = query.dtype if columns <= blocks.columns else torch.float32
-        results = [query.new_zeros(batch, heads, rows, width, dtype=dtype) for width in widths]
-        if batch * heads * rows * columns > 0:
-            with torch.cuda.device_of(query):
-                kernel[triton.cdiv(rows, blocks.rows), heads, batch](
-                    query,
-                    key,
-                    value,
-                    grad,
-                    lse,
-                    deltas,
-                    keep,
-                    *results,
-                    queries,
-                    keys,
-                    features,
-                    value_features,
-                    *query.stride()[:3],
-                    *key.stride()[:3],
-                    *value.stride()[:3],
-                    *grad.stride()[:3],
-                    *_keep_strides(keep),
-                    scale,
-                    ROWS=blocks.rows,
-                    COLUMNS=blocks.columns,
-                    CHUNK=blocks.chunk,
-                    num_warps=blocks.num_warps,
-                    num_stages=blocks.num_stages,
-                    **COMPILER,
-                )
-        gradients += [result.to(query.dtype) for result in results]
-    return gradients[0], gradients[1], gradients[2]
+    by_query, by_key = (queries, query, grad), (keys, key, value)
+    query_grad, _ = _gradients(by_query, by_key, keep, lse, deltas, scale, config, by_key=False)
+    key_grad, value_grad = _gradients(by_key, by_query, keep, lse, deltas, scale, config, by_key=True)
+    assert value_grad is not None
+    return query_grad, key_grad, value_grad
+
+
+def _gradients(
+    row_side: tuple[int, Tensor, Tensor],
+    column_side: tuple[int, Tensor, Tensor],
+    keep: Tensor | None,
+    lse: Tensor,
+    deltas: Tensor,
+    scale: float,
+    config: Blocks,
+    *,
+    by_key: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the rows' first matrices and, by_key, of their second; a side is its length and its matrices."""
+    rows, row_scores, row_slopes = row_side
+    columns, column_scores, column_slopes = column_side
+    batch, heads, _, features = row_scores.shape
+    blocks = _blocks(config, rows, columns)
+    dtype = row_scores.dtype if columns <= blocks.columns else torch.float32
+    score_grad = torch.zeros(row_scores.shape, dtype=dtype, device=row_scores.device)
+    slope_grad = torch.zeros(row_slopes.shape, dtype=dtype, device=row_slopes.device) if by_key else None
+    if batch * heads * rows * columns > 0:
+        with torch.cuda.device_of(row_scores):
+            gradients[triton.cdiv(rows, blocks.rows), heads, batch](
+                row_scores,
+                row_slopes,
+                column_scores,
+                column_slopes,
+                lse,
+                deltas,
+                keep,
+                score_grad,
+                slope_grad,
+                rows,
+                columns,
+                features,
+                row_slopes.shape[3],
+                *row_scores.stride()[:3],
+                *row_slopes.stride()[:3],
+                *column_scores.stride()[:3],
+                *column_slopes.stride()[:3],
+                *_keep_strides(keep),
+                scale,
+                BY_KEY=by_key,
+                ROWS=blocks.rows,
+                COLUMNS=blocks.columns,
+                CHUNK=blocks.chunk,
+                num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
+                **COMPILER,
+            )
+    return score_grad.to(row_scores.dtype), None if slope_grad is None else slope_grad.to(row_scores.dtype)
 
 
 def attend_folded(normalized: Tensor, score_weight: Tensor, score_bias: Tensor, values: Tensor) -> Tensor:
@@ -235,23 +255,24 @@ def attend(
     group, and lse, the logarithm of the softmax's sum (infinity without a key, whose output is zero).
 
     query: [batch, heads, queries, features]; key: [.., keys, features]; value: [.., keys, value_features]; bias:
-    [heads, keys] or None; keep: [batch, keys] or None; out: [batch, groups, queries, value_features]. With more than
-    COLUMNS keys a group is one head, and out is float32.
+    [heads, keys] or None; keep: [batch, keys] or None; out: [batch, groups, queries, value_features], zero before where
+    nothing may be kept. With more than COLUMNS keys a group is one head, and out is float32.
     Grid: (blocks of queries, groups of heads, batch).
     """
     batch = tl.program_id(2).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = row < queries
+    first_key, end = _span(keep, batch * keep_batch_stride, keep_stride, keys, COLUMNS)
     target = out + batch * out_batch_stride + group * out_group_stride + row * out_stride
     first_head = group * heads_each
     for head in range(first_head, tl.minimum(first_head + heads_each, heads)):
         source = query + batch * query_batch_stride + head * query_head_stride + row * query_stride
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        for block in range(0, keys, COLUMNS):
+        for block in range(first_key, end, COLUMNS):
             column = block + tl.arange(0, COLUMNS).to(tl.int64)
-            kept = _kept(keep, batch * keep_batch_stride, keep_stride, column, keys)
+            kept = _kept(keep, batch * keep_batch_stride, keep_stride, column, end)
             keys_of = key + batch * key_batch_stride + head * key_head_stride + column * key_stride
             scores = _products(source, row_inside, keys_of, kept, features, ROWS, COLUMNS, CHUNK) * scale
             if bias is not None:
@@ -264,8 +285,8 @@ def attend(
             total = total * shrunk + tl.sum(weights, axis=1)
             largest = newest
             # The last block divides by the sum; what other heads left is whole already.
-            factor = tl.where(block + COLUMNS < keys, 1.0, tl.where(total == 0, 0.0, 1.0 / total))
-            carried = tl.where(block > 0, shrunk * factor, 1.0)
+            factor = tl.where(block + COLUMNS < end, 1.0, tl.where(total == 0, 0.0, 1.0 / total))
+            carried = tl.where(block > first_key, shrunk * factor, 1.0)
             values = value + batch * value_batch_stride + head * value_head_stride + column * value_stride
             tl.debug_barrier()  # what is added to may have been written by other threads
             _add_weighted(
@@ -277,7 +298,7 @@ def attend(
                 value_features,
                 factor,
                 carried,
-                (block == 0) & (head == first_head),
+                (block == first_key) & (head == first_head),
                 CHUNK,
             )
         logarithm = tl.where(total == 0, float("inf"), largest + tl.log(total))
@@ -285,162 +306,125 @@ def attend(
 
 
 @triton.jit
-def query_gradient(
-    query,
-    key,
-    value,
-    grad,
+def gradients(
+    row_scores,
+    row_slopes,
+    column_scores,
+    column_slopes,
     lse,
     deltas,
     keep,
-    query_grad,
-    queries,
-    keys,
+    score_grad,
+    slope_grad,
+    rows,
+    columns,
     features,
-    value_features,
-    query_batch_stride,
-    query_head_stride,
-    query_stride,
-    key_batch_stride,
-    key_head_stride,
-    key_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_stride,
-    grad_batch_stride,
-    grad_head_stride,
-    grad_stride,
+    slope_features,
+    row_scores_batch_stride,
+    row_scores_head_stride,
+    row_scores_stride,
+    row_slopes_batch_stride,
+    row_slopes_head_stride,
+    row_slopes_stride,
+    column_scores_batch_stride,
+    column_scores_head_stride,
+    column_scores_stride,
+    column_slopes_batch_stride,
+    column_slopes_head_stride,
+    column_slopes_stride,
     keep_batch_stride,
     keep_stride,
     scale,
+    BY_KEY: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """query_grad = scale * dS key, dS = P (grad value^T - deltas), P = exp(scale * query key^T - lse).
+    """With P = exp(scale * scores - lse) and dS = P (slopes - deltas), rows by columns: score_grad = scale * dS
+    column_scores and, BY_KEY, slope_grad = P column_slopes.
 
-    deltas: float32 [batch, heads, queries], the sums of grad * out; query_grad: contiguous, float32 where there are
-    more than COLUMNS keys. Others as in `attend`. Grid: (blocks of queries, heads, batch).
+    Scores are the products of row_scores and column_scores, slopes those of row_slopes and column_slopes: query and
+    key, grad and value; BY_KEY, where rows are keys, key and query, value and grad. lse, deltas: float32 [batch,
+    heads, queries]; deltas are the sums of grad * out. The gradients are contiguous, zero before, and float32 where
+    there are more than COLUMNS columns. Others as in `attend`. Grid: (blocks of rows, heads, batch).
     """
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    of_head = batch * tl.num_programs(1) + head
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < queries
-    of_head = (batch * tl.num_programs(1) + head) * queries + row
-    logarithm = tl.load(lse + of_head, mask=inside, other=float("inf"))
-    delta = tl.load(deltas + of_head, mask=inside, other=0.0)
-    query_rows = query + batch * query_batch_stride + head * query_head_stride + row * query_stride
-    grad_rows = grad + batch * grad_batch_stride + head * grad_head_stride + row * grad_stride
+    inside = row < rows
+    first = tl.full((), 0, tl.int32)
+    end = first + columns
+    if BY_KEY:
+        inside = _kept(keep, batch * keep_batch_stride, keep_stride, row, rows)
+        end = tl.where(tl.max(inside.to(tl.int32)) == 0, 0, end)
+    else:
+        first, end = _span(keep, batch * keep_batch_stride, keep_stride, columns, COLUMNS)
+        logarithm = tl.load(lse + of_head * rows + row, mask=inside, other=float("inf"))[:, None]
+        delta = tl.load(deltas + of_head * rows + row, mask=inside, other=0.0)[:, None]
+    row_scores += batch * row_scores_batch_stride + head * row_scores_head_stride + row * row_scores_stride
+    row_slopes += batch * row_slopes_batch_stride + head * row_slopes_head_stride + row * row_slopes_stride
+    column_scores += batch * column_scores_batch_stride + head * column_scores_head_stride
+    column_slopes += batch * column_slopes_batch_stride + head * column_slopes_head_stride
     factor = tl.full((ROWS,), scale, tl.float32)
-    carried = tl.full((ROWS,), 1.0, tl.float32)
-    for block in range(0, keys, COLUMNS):
+    one = tl.full((ROWS,), 1.0, tl.float32)
+    for block in range(first, end, COLUMNS):
         column = block + tl.arange(0, COLUMNS).to(tl.int64)
-        kept = _kept(keep, batch * keep_batch_stride, keep_stride, column, keys)
-        key_rows = key + batch * key_batch_stride + head * key_head_stride + column * key_stride
-        value_rows = value + batch * value_batch_stride + head * value_head_stride + column * value_stride
-        scores = _products(query_rows, inside, key_rows, kept, features, ROWS, COLUMNS, CHUNK) * scale
-        weights = tl.where(kept[None, :], tl.exp(scores - logarithm[:, None]), 0.0)
-        slopes = _products(grad_rows, inside, value_rows, kept, value_features, ROWS, COLUMNS, CHUNK)
-        slopes = weights * (slopes - delta[:, None])
-        tl.debug_barrier()
+        if BY_KEY:
+            wanted = column < end
+            logarithm = tl.load(lse + of_head * columns + column, mask=wanted, other=float("inf"))[None, :]
+            delta = tl.load(deltas + of_head * columns + column, mask=wanted, other=0.0)[None, :]
+            known = inside[:, None]  # the other way around the logarithm is infinite
+        else:
+            wanted = _kept(keep, batch * keep_batch_stride, keep_stride, column, end)
+            known = wanted[None, :]
+        of_scores = column_scores + column * column_scores_stride
+        of_slopes = column_slopes + column * column_slopes_stride
+        scores = _products(row_scores, inside, of_scores, wanted, features, ROWS, COLUMNS, CHUNK) * scale
+        weights = tl.where(known, tl.exp(scores - logarithm), 0.0)
+        slopes = _products(row_slopes, inside, of_slopes, wanted, slope_features, ROWS, COLUMNS, CHUNK)
+        slopes = tl.where(known, weights * (slopes - delta), 0.0)
+        tl.debug_barrier()  # what is added to may have been written by other threads
         _add_weighted(
-            slopes.to(key.dtype.element_ty),
-            key_rows,
-            kept,
-            query_grad + of_head * features,
+            slopes.to(column_scores.dtype.element_ty),
+            of_scores,
+            wanted,
+            score_grad + (of_head * rows + row) * features,
             inside,
             features,
             factor,
-            carried,
-            block == 0,
+            one,
+            block == first,
             CHUNK,
         )
+        if BY_KEY:
+            _add_weighted(
+                weights.to(column_slopes.dtype.element_ty),
+                of_slopes,
+                wanted,
+                slope_grad + (of_head * rows + row) * slope_features,
+                inside,
+                slope_features,
+                one,
+                one,
+                block == first,
+                CHUNK,
+            )
 
 
 @triton.jit
-def key_value_gradients(
-    query,
-    key,
-    value,
-    grad,
-    lse,
-    deltas,
-    keep,
-    key_grad,
-    value_grad,
-    queries,
-    keys,
-    features,
-    value_features,
-    query_batch_stride,
-    query_head_stride,
-    query_stride,
-    key_batch_stride,
-    key_head_stride,
-    key_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_stride,
-    grad_batch_stride,
-    grad_head_stride,
-    grad_stride,
-    keep_batch_stride,
-    keep_stride,
-    scale,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """value_grad = P^T grad and key_grad = scale * dS^T query, with P and dS as in `query_gradient`, transposed here:
-    rows are keys. A key that is not kept has zeros. Grid: (blocks of keys, heads, batch).
-    """
-    batch = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < keys
-    kept = _kept(keep, batch * keep_batch_stride, keep_stride, row, keys)
-    key_rows = key + batch * key_batch_stride + head * key_head_stride + row * key_stride
-    value_rows = value + batch * value_batch_stride + head * value_head_stride + row * value_stride
-    of_head = (batch * tl.num_programs(1) + head) * keys + row
-    factor = tl.full((ROWS,), scale, tl.float32)
-    one = tl.full((ROWS,), 1.0, tl.float32)
-    for block in range(0, queries, COLUMNS):
-        column = block + tl.arange(0, COLUMNS).to(tl.int64)
-        wanted = column < queries
-        query_rows = query + batch * query_batch_stride + head * query_head_stride + column * query_stride
-        grad_rows = grad + batch * grad_batch_stride + head * grad_head_stride + column * grad_stride
-        of_query = (batch * tl.num_programs(1) + head) * queries + column
-        logarithm = tl.load(lse + of_query, mask=wanted, other=float("inf"))
-        delta = tl.load(deltas + of_query, mask=wanted, other=0.0)
-        scores = _products(key_rows, kept, query_rows, wanted, features, ROWS, COLUMNS, CHUNK) * scale
-        weights = tl.where(kept[:, None], tl.exp(scores - logarithm[None, :]), 0.0)
-        slopes = _products(value_rows, kept, grad_rows, wanted, value_features, ROWS, COLUMNS, CHUNK)
-        slopes = tl.where(kept[:, None], weights * (slopes - delta[None, :]), 0.0)
-        tl.debug_barrier()
-        _add_weighted(
-            weights.to(grad.dtype.element_ty),
-            grad_rows,
-            wanted,
-            value_grad + of_head * value_features,
-            inside,
-            value_features,
-            one,
-            one,
-            block == 0,
-            CHUNK,
-        )
-        _add_weighted(
-            slopes.to(query.dtype.element_ty),
-            query_rows,
-            wanted,
-            key_grad + of_head * features,
-            inside,
-            features,
-            factor,
-            one,
-            block == 0,
-            CHUNK,
-        )
+def _span(keep, offset, stride, keys, COLUMNS: tl.constexpr):
+    """Of the kept keys the first, and the end behind the last; nothing lies between where none is kept."""
+    first = tl.full((), 0, tl.int32)
+    end = first + keys
+    if keep is not None:
+        first, end = end, first
+        for block in range(0, keys, COLUMNS):
+            column = block + tl.arange(0, COLUMNS)
+            kept = _kept(keep, offset, stride, column.to(tl.int64), keys)
+            first = tl.minimum(first, tl.min(tl.where(kept, column, keys)))
+            end = tl.maximum(end, tl.max(tl.where(kept, column + 1, 0)))
+    return first, end
 
 
 @triton.jit

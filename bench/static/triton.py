@@ -185,9 +185,11 @@ def compile_offline(call: Callable[[], object], arch: int) -> list[tuple[Compile
 def resources(family: str, variant: str, kernel: CompiledKernel, log: str) -> KernelResources:
     """One row, read from the assembler's report and the machine code."""
     (registers,) = re.findall(r"Used (\d+) registers", log)
+    # Kernels of one name differ by the switches that are on.
+    switches = [kernel.src.fn.arg_names[index] for (index,), value in kernel.src.constants.items() if value is True]
     ((stack, stores, loads),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
     return KernelResources(
-        kernel=f"{family}.{kernel.metadata.name}[{variant}]",
+        kernel=f"{family}.{kernel.metadata.name}[{', '.join([variant, *switches])}]",
         toolchain=f"triton {triton.__version__}",
         arch=f"sm_{kernel.metadata.target.arch}",
         registers=int(registers),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import latent as ops
 from ..ops._pooling_checks import flat_mask
-from ..ops.latent_attention import latent_attention
+from ..ops.latent_attention import has_kernels, latent_attention
 from ..ops.qmatmul import whole_row
 from ..reference import latent as reference
 from .linear import QuantLinear
@@ -473,6 +473,8 @@ class LatentAttentionPooling(nn.Module):
         folded = self._fold_if_it_pays(hidden_states)
         if folded is None or not len(hidden_states):
             latents = self._attend_by_latents(hidden_states, keep)
+        elif hidden_states.device.type != "cpu" or has_kernels(hidden_states.to(self.latents.dtype)):
+            latents = self._layer(0).feed_forward(self._attend_folded_at_once(hidden_states, keep, folded))
         else:
             rows = _kept_tokens(hidden_states, keep)
             latents = torch.stack([self._attend_folded(_aligned(row.to(self.latents.dtype)), folded) for row in rows])
@@ -513,15 +515,27 @@ class LatentAttentionPooling(nn.Module):
 
     def _attend_folded(self, rows: Tensor, folded: _FoldedQueries) -> Tensor:
         """The latents [L, D] after attending to one sequence [N, D], by itself: no row depends on its batch."""
-        layer = self._layer(0)
         if not len(rows):
             return rows.new_zeros(self.latents.shape)
-        if isinstance(layer.norm_kv, nn.LayerNorm):
-            rows = F.layer_norm(rows, (self.dim,), eps=self.eps)
+        rows = self._keys_folded(rows)
         weights = (folded.score_weight @ rows.T).softmax(dim=-1)
-        pooled = (weights @ rows).unflatten(0, (self.heads, -1))
-        attended = (pooled @ folded.value_weight.transpose(1, 2)).transpose(0, 1).flatten(1) + folded.value_bias
-        return layer.after_attention(attended, self.latents, folded.projected)
+        return self._after_folded(weights @ rows, folded)
+
+    def _attend_folded_at_once(self, hidden_states: Tensor, keep: Tensor | None, folded: _FoldedQueries) -> Tensor:
+        """The latents [B, L, D] after attending to their sequences [B, T, D]: keys and values are the tokens."""
+        rows = self._keys_folded(hidden_states.to(self.latents.dtype))[:, None]
+        queries = folded.score_weight.expand(len(rows), 1, -1, -1)
+        return self._after_folded(latent_attention(queries, rows, rows, keep, scale=1.0)[:, 0], folded)
+
+    def _keys_folded(self, rows: Tensor) -> Tensor:
+        normed = isinstance(self._layer(0).norm_kv, nn.LayerNorm)
+        return F.layer_norm(rows, (self.dim,), eps=self.eps) if normed else rows
+
+    def _after_folded(self, pooled: Tensor, folded: _FoldedQueries) -> Tensor:
+        """The latents [.., L, D] from the averages of the tokens [.., H * L, D]."""
+        values = pooled.unflatten(-2, (self.heads, -1)) @ folded.value_weight.transpose(1, 2)
+        attended = values.transpose(-3, -2).flatten(-2) + folded.value_bias
+        return self._layer(0).after_attention(attended, self.latents, folded.projected)
 
     # ---- folding -----------------------------------------------------------------------------------------------------
 

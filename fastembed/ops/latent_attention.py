@@ -43,13 +43,14 @@ def latent_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | N
     _check(query, key, value, keep)
     out = (
         _latent_attention(query, key, value, keep, scale)[0]
-        if _has_kernels(query)
+        if has_kernels(query)
         else _plain(query, key, value, keep, scale)
     )
     return out if batched else out[0]
 
 
-def _has_kernels(query: Tensor) -> bool:
+def has_kernels(query: Tensor) -> bool:
+    """Whether the op has kernels of its own for such a tensor, where PyTorch's attention serves otherwise."""
     if torch.compiler.is_compiling():
         return query.is_cuda
     return _latent_attention.backend(query) in ("cuda", "triton")

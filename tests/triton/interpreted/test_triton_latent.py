@@ -5,8 +5,8 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from attention_cases import SIZES, assert_as_good_as_pytorch, make_case
-from latent_models import folded_block, in_double
+from attention_cases import SIZES, assert_as_good_as_pytorch, assert_padding_does_not_show, make_case
+from latent_models import assert_learned_queries_take_one_launch, folded_block, in_double
 from tolerance import assert_close_to_oracle
 from torch import Tensor
 
@@ -51,6 +51,19 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
         for row in range(3):
             alone = case.row(row).out_and_gradients()
             assert all(torch.equal(one[0], all_of_them[row]) for one, all_of_them in zip(alone, together, strict=True))
+
+
+def test_padding_does_not_show() -> None:
+    """With keys that fill more than a block."""
+    with fastembed.use_backend("triton"):
+        assert_padding_does_not_show(make_case(2, 5, 300, 20, 20, False, torch.bfloat16), 7, 300)
+        assert_padding_does_not_show(make_case(2, 5, 70, 20, 20, True, torch.float32), 70, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_learned_queries_take_one_launch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fastembed.use_backend("triton"):
+        assert_learned_queries_take_one_launch(dtype, monkeypatch)
 
 
 def test_any_strides_and_no_batch() -> None:

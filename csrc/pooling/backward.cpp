@@ -27,9 +27,9 @@ constexpr int64_t bytes_for_huge_pages = 8 << 20;
 
 constexpr uintptr_t page = 4096;
 
-// The system clears every page of fresh memory when it is first written to, which pages of 2 MB make four times cheaper.
-// Only a hint. It covers what shares a page with either end: an allocation begins a few bytes after a multiple of 2 MB,
-// and without them its first 2 MB would stay in pages of 4 KB.
+// The system clears every page of fresh memory when it is first written to, which pages of 2 MB make four times
+// cheaper. Only a hint. It covers what shares a page with either end: an allocation begins a few bytes after a multiple
+// of 2 MB, and without them its first 2 MB would stay in pages of 4 KB.
 void ask_for_huge_pages(void* data, int64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
@@ -133,8 +133,8 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
         exit.state.pooled + sequence * columns, exit.prefixes.data(), static_cast<int64_t>(exit.prefixes.size()),
         sequence, normalize, plan[sequence].divisor, columns, grads.get() + row * most_columns);
   });
-  // Twice as many tasks as threads, so that none waits long for the last. Runs of them, because two threads that come to
-  // the same fresh page at once both clear one, of which one is thrown away.
+  // Twice as many tasks as threads, so that none waits long for the last. Runs of them, because two threads that come
+  // to the same fresh page at once both clear one, of which one is thrown away.
   const int64_t pieces = team == 1 || rows == 0 ? 1 : ceil_div(2 * team, rows);
   const int64_t piece = ceil_div(longest, pieces);
   parallel_for_in_runs(rows * pieces, team, [&](int64_t task) {

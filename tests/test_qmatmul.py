@@ -1,5 +1,6 @@
 """The low-bit linear op: layout, kernels at every instruction-set level against the reference, contracts of an op."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -110,7 +111,7 @@ def test_integers_are_exact(isa: str, bits: int, symmetric: bool, rows: int) -> 
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("code", [0, -1])
 def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> None:
     codes = torch.full((64, 128), code % (1 << bits), dtype=torch.uint8)
@@ -125,9 +126,28 @@ def test_extreme_products_do_not_saturate(isa: str, bits: int, code: int) -> Non
         64,
         64,
     )
-    for x in (torch.full((6, 128), 127.0), torch.full((6, 128), -127.0)):
+    for rows, value in itertools.product((1, 6, 20), (127.0, -127.0)):
+        x = torch.full((rows, 128), value)
         expected = (int(codes[0, 0]) - int(zeros[0, 0])) * x.sum(dim=1, keepdim=True)
-        assert torch.equal(layer(x), expected.expand(6, 64))
+        assert torch.equal(layer(x), expected.expand(rows, 64))
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_the_longest_group_does_not_overflow(isa: str, bits: int) -> None:
+    codes = torch.full((64, 65536), (1 << bits) - 1, dtype=torch.uint8)
+    layer = Layer(
+        reference.pack_codes(codes, bits),
+        reference.to_panels(torch.ones(64, 1).half()),
+        reference.to_panels(torch.zeros(64, 1, dtype=torch.uint8)),
+        None,
+        None,
+        bits,
+        65536,
+        64,
+    )
+    for rows in (1, 6, 20):
+        expected = torch.full((rows, 64), float((1 << bits) - 1) * 65536 * 127)
+        assert torch.equal(layer(torch.full((rows, 65536), 127.0)), expected)
 
 
 @given(
@@ -146,6 +166,13 @@ def test_a_row_does_not_depend_on_its_batch(
     y = layer(x)
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(layer(x[row]), y[row])
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_a_token_of_many_features_does_not_depend_on_its_batch(isa: str, bits: int) -> None:
+    layer = make_layer(20000, 64, bits, 64)
+    x = random_x(20, 20000)
+    assert torch.equal(layer(x[3]), layer(x)[3])
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -175,7 +202,7 @@ def test_vector_levels_agree_bit_for_bit(bits: int, zeros: str, epilogue: str, a
         epilogue=epilogue,
         activations=activations,
     )
-    for rows in (9, 21):
+    for rows in (1, 9, 21):
         x = random_x(rows, 200)
         before = core.isa()
         results = []

@@ -5,7 +5,7 @@
 // code - zero + 128, so that the zero points cost nothing: 128 times the activations' sum is the same for every output
 // feature and is where the accumulators start. 8-bit codes with zero points of their own do not fit in a byte that way;
 // they stay as they are, and zero times the sum is where their accumulators start.
-// Few tokens: codes are unpacked in registers, as they stream by.
+// Few tokens: codes are unpacked in registers, as they stream by; for one token, those of 2 and 4 bits less than that.
 // Both ways compute the same integers and then the same float operations: a token's result is the same in any batch.
 #include <immintrin.h>
 
@@ -177,6 +177,128 @@ constexpr Stream stream_of[streamed_rows + 1] = {nullptr,         stream<Bits, 1
                                                  stream<Bits, 8>, stream<Bits, 9>, stream<Bits, 10>, stream<Bits, 11>,
                                                  stream<Bits, 12>};
 
+// ---- one token ------------------------------------------------------------------------------------------------------
+
+// Codes of 2 and 4 bits, a byte of which belongs to one output feature. The products' operands, four bytes of an output
+// feature per lane, come out of as many quads as a byte has codes; then one mask per place in the byte, and no shift,
+// makes codes of them: every place has sums of its own, 2^(Bits * place) times what they should be. That takes half the
+// instructions of spreading the codes first.
+template <int Bits>
+struct Planes {
+  static constexpr int count = 8 / Bits;
+  static constexpr int64_t quad_bytes = 32 * Bits;
+  static constexpr int64_t features = count * quad;
+  __m512i mask[count];
+
+  INLINE Planes() {
+    UNROLL for (int i = 0; i < count; ++i) mask[i] = _mm512_set1_epi8(static_cast<char>(((1 << Bits) - 1) << Bits * i));
+  }
+
+  // `count` quads of the panel, the bytes of an output feature side by side.
+  static INLINE void gather(const uint8_t* at, __m512i (&bytes)[4]) {
+    __m512i rows[4];
+    UNROLL for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(at + 64 * i);
+    if constexpr (Bits == 2) {
+      const __m512i low = _mm512_unpacklo_epi8(rows[0], rows[1]), low_rest = _mm512_unpacklo_epi8(rows[2], rows[3]);
+      const __m512i high = _mm512_unpackhi_epi8(rows[0], rows[1]), high_rest = _mm512_unpackhi_epi8(rows[2], rows[3]);
+      bytes[0] = _mm512_unpacklo_epi16(low, low_rest);
+      bytes[1] = _mm512_unpackhi_epi16(low, low_rest);
+      bytes[2] = _mm512_unpacklo_epi16(high, high_rest);
+      bytes[3] = _mm512_unpackhi_epi16(high, high_rest);
+    } else {
+      bytes[0] = _mm512_unpacklo_epi16(rows[0], rows[2]);
+      bytes[1] = _mm512_unpackhi_epi16(rows[0], rows[2]);
+      bytes[2] = _mm512_unpacklo_epi16(rows[1], rows[3]);
+      bytes[3] = _mm512_unpackhi_epi16(rows[1], rows[3]);
+    }
+  }
+
+  // From the order of `gather` to that of the output features.
+  static INLINE void order(const __m512i (&sums)[4], __m512i (&tiles)[4]) {
+    if constexpr (Bits == 2) {
+      const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44), b = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+      const __m512i c = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee), d = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+      tiles[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+      tiles[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+      tiles[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+      tiles[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    } else {
+      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                    second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      UNROLL for (int half = 0; half < 2; ++half) {
+        tiles[2 * half] = _mm512_permutex2var_epi64(sums[2 * half], first, sums[2 * half + 1]);
+        tiles[2 * half + 1] = _mm512_permutex2var_epi64(sums[2 * half], second, sums[2 * half + 1]);
+      }
+    }
+  }
+
+  // The token's codes likewise: those that meet one mask side by side, four at a time.
+  static void arrange(const int8_t* codes, int64_t quads, int8_t* arranged) {
+    alignas(64) uint8_t from[64];
+    for (int i = 0; i < 64; ++i) {
+      const int place = i % features / 4, byte = i % 4;
+      from[i] = static_cast<uint8_t>(i % 16 / features * features + count * byte + place);
+    }
+    for (int64_t k = 0; k < quads * quad; k += 64) {
+      const __m512i ordered = _mm512_shuffle_epi8(_mm512_load_si512(codes + k), _mm512_load_si512(from));
+      _mm512_store_si512(arranged + k, ordered);
+    }
+  }
+};
+
+template <int Bits>
+void multiply_one(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
+  constexpr int planes = Planes<Bits>::count;
+  const Planes<Bits> plane;
+  int8_t* arranged = static_cast<int8_t*>(scratch);
+  plane.arrange(tokens.codes, panel.quads, arranged);
+  const uint8_t* at = panel.codes;
+  __m512 total[4];
+  UNROLL for (__m512& sum : total) sum = _mm512_setzero_ps();
+  for (int64_t group = 0; group < panel.groups; ++group) {
+    __m512i sums[planes][4];
+    UNROLL for (int i = 0; i < planes; ++i) { UNROLL for (int v = 0; v < 4; ++v) sums[i][v] = _mm512_setzero_si512(); }
+    const auto add = [&](const uint8_t* quads) INLINE_LAMBDA {
+      __m512i bytes[4];
+      plane.gather(quads, bytes);
+      UNROLL for (int i = 0; i < planes; ++i) {
+        const __m512i a = load_quad(arranged + quad * i);
+        UNROLL for (int v = 0; v < 4; ++v) {
+          sums[i][v] = add_products(sums[i][v], _mm512_and_si512(bytes[v], plane.mask[i]), a);
+        }
+      }
+      arranged += Planes<Bits>::features;
+    };
+    int64_t left = panel.quads_in(group);
+    for (; left >= planes; left -= planes, at += planes * plane.quad_bytes) add(at);
+    if (left > 0) {
+      uint8_t last[planes * Planes<Bits>::quad_bytes] = {};
+      __builtin_memcpy(last, at, static_cast<size_t>(left * plane.quad_bytes));
+      add(last);
+    }
+    UNROLL for (int i = planes - 1; i > 0; --i) {
+      UNROLL for (int v = 0; v < 4; ++v) {
+        sums[i - 1][v] = _mm512_add_epi32(sums[i - 1][v], _mm512_srai_epi32(sums[i][v], Bits));
+      }
+    }
+    __m512i dot[4];
+    plane.order(sums[0], dot);
+    UNROLL for (int t = 0; t < 4; ++t) {
+      const int64_t column = t * tile_width;
+      const __m512i zeros =
+          _mm512_mullo_epi32(load_zeros(panel, group, column), _mm512_set1_epi32(-tokens.sums[group]));
+      const __m512 scales = load_scales(panel, group, column);
+      total[t] = multiply_add(_mm512_cvtepi32_ps(_mm512_add_epi32(dot[t], zeros)), scales, total[t]);
+      if (!panel.is_shifted()) continue;
+      const __m512 sum = broadcast(static_cast<float>(tokens.sums[group]));
+      total[t] = multiply_add(sum, load_shifts(panel, group, column), total[t]);
+    }
+  }
+  alignas(64) float totals[panel_width];
+  UNROLL for (int t = 0; t < 4; ++t) _mm512_store_ps(totals + t * tile_width, total[t]);
+  finish({totals, 1, panel_width, 0, 0}, tokens.scales, output);
+}
+
 // ---- many tokens ----------------------------------------------------------------------------------------------------
 
 // Where the zero points went that are not in the unpacked bytes.
@@ -280,6 +402,9 @@ constexpr MultiplyTile<Tokens> multiply_tile_of[tile_rows + 1] = {nullptr,
 
 template <int Bits>
 void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& output, void* scratch) {
+  if constexpr (Bits == 2 || Bits == 4) {
+    if (tokens.rows == 1) return multiply_one<Bits>(panel, tokens, output, scratch);
+  }
   if (tokens.rows <= most_streamed_rows) {
     const int64_t parts = (tokens.rows + streamed_rows - 1) / streamed_rows;
     for (int64_t part = 0, row = 0; part < parts; ++part) {
@@ -380,7 +505,11 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
   of_bits[panel.bits](panel, tokens, output, scratch);
 }
 
-int64_t scratch_bytes(const Panel& panel, int64_t rows) { return scratch_bytes(panel, rows, cut_by_groups(panel, 1)); }
+int64_t scratch_bytes(const Panel& panel, int64_t rows) {
+  const int64_t arranged = (panel.quads * quad + 63) / 64 * 64;  // of one token
+  const int64_t blocks = scratch_bytes(panel, rows, cut_by_groups(panel, 1));
+  return blocks > arranged ? blocks : arranged;
+}
 
 void multiply_float(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch) {
   constexpr UnpackBlock of_bits[] = {nullptr,          unpack_floats<1>, unpack_floats<2>,

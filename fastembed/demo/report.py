@@ -41,7 +41,6 @@ class Row:
 
 
 _HEADINGS = ("encoder", "search", "docs/s", "queries/s", "searches/s", "bytes", "MRR@10", "R@1", "R@10")
-_WIDTH = 120  # columns that the table needs; on a narrower terminal better lines that wrap than cells cut short
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
@@ -52,7 +51,8 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     for row in rows:
         table.add_row(*_cells(row, rows[0], separator="\n"), end_section=True)
     console = Console()
-    console.width = max(console.width, _WIDTH)
+    # On a narrower terminal better lines that wrap than cells cut short.
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
     console.print(table)
 
 

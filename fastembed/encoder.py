@@ -14,6 +14,7 @@ from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
 from .nn.mix import LayerMix
 from .ops._pooling_checks import check_modes, flat_mask
+from .ops._search_checks import check_integer
 from .ops.pooling import finish_pooled, pool_exits
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class MultiExitEncoder(nn.Module):
         self.select = select
         self._backbone = backbone = find_backbone(model, layers)
         self.heads = nn.ModuleDict(_check_heads(heads, backbone.hidden_size))
-        widths = {int(layer): _head_width(head, backbone.hidden_size) for layer, head in self.heads.items()}
+        widths = {int(layer): _head_width(head, layer, backbone.hidden_size) for layer, head in self.heads.items()}
         depth = len(backbone.layers)
         whole = modes * widths.get(depth, backbone.hidden_size)
         self.exits = _check_exits([(depth, whole)] if exits is None else exits)
@@ -156,7 +157,8 @@ class MultiExitEncoder(nn.Module):
             (layer, dim) -> [B, dim] (packed bits: [B, ceil(dim / 8)]).
 
         Raises:
-            ValueError: exits that this encoder does not have, or hidden states of another shape than the mask.
+            ValueError: exits that this encoder does not have, hidden states of another shape than the mask, or a
+                prompt_length below 0.
         """
         wanted = self._choose(exits)
         pooled: dict[Exit, Tensor] = {}
@@ -207,6 +209,7 @@ class MultiExitEncoder(nn.Module):
         out_dtype: torch.dtype | None,
     ) -> Callable[[int, Tensor], None]:
         """What pools the hidden states of a layer into `pooled` where they are wanted."""
+        check_integer("prompt_length", prompt_length, 0)
         mask = None if mask is None else flat_mask(mask)
         dims: dict[int | tuple[int, ...], list[int]] = {}
         for layer, dim in wanted:
@@ -438,6 +441,7 @@ def _check_exits(exits: Sequence[Exit]) -> tuple[Exit, ...]:
 def _check_mixes(
     mixes: Mapping[tuple[int, ...], LayerMix] | None, exit_layers: Sequence[int | tuple[int, ...]]
 ) -> dict[str, LayerMix]:
+    _check_mapping("mixes", mixes)
     checked = {}
     for layers, mix in (mixes or {}).items():
         if not isinstance(mix, LayerMix):
@@ -450,7 +454,13 @@ def _check_mixes(
     return checked
 
 
+def _check_mapping(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict by layer, got {type(value).__name__}")
+
+
 def _check_heads(heads: Mapping[int, nn.Module] | None, hidden_size: int) -> dict[str, nn.Module]:
+    _check_mapping("heads", heads)
     checked = {}
     for layer, head in (heads or {}).items():
         if not isinstance(head, nn.Module):
@@ -463,13 +473,18 @@ def _check_heads(heads: Mapping[int, nn.Module] | None, hidden_size: int) -> dic
     return checked
 
 
-def _head_width(head: nn.Module, hidden_size: int) -> int:
+def _head_width(head: nn.Module, layer: str, hidden_size: int) -> int:
     """Features that come out of a head."""
     if isinstance(width := getattr(head, "out_features", None), int):
         return width
     parameter = next(head.parameters(), torch.empty(0))
-    with torch.no_grad():
-        output: Tensor = head(torch.zeros(1, 1, hidden_size, dtype=parameter.dtype, device=parameter.device))
+    try:
+        with torch.no_grad():
+            output: Tensor = head(torch.zeros(1, 1, hidden_size, dtype=parameter.dtype, device=parameter.device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"heads must take the model's {hidden_size} features, and that of layer {layer} fails on them: {error}"
+        ) from error
     return output.shape[-1]
 
 

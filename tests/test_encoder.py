@@ -326,6 +326,10 @@ def test_a_transformers_model_with_its_tokenizer(pipeline) -> None:
         ({"layers": "encoder"}, "layers must be the attribute path of a ModuleList"),
         ({"heads": {1: nn.Linear(64, 8)}}, "heads must belong to layers with an exit, got one for layer 1"),
         ({"heads": {2: nn.Linear(32, 8)}}, "heads must take the model's 64 features, got one of 32"),
+        (
+            {"heads": {2: nn.Sequential(nn.Linear(32, 8), nn.ReLU())}},
+            "heads must take the model's 64 features, and that of layer 2 fails on them",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -340,11 +344,18 @@ def test_bad_types() -> None:
         MultiExitEncoder(tiny_models.encoder(), [3])
     with pytest.raises(TypeError, match="heads must map layers to modules"):
         MultiExitEncoder(tiny_models.encoder(), heads={1: 3})
+    for argument in ("heads", "mixes"):
+        with pytest.raises(TypeError, match=f"{argument} must be a dict by layer, got list"):
+            MultiExitEncoder(tiny_models.encoder(), **{argument: [nn.Linear(64, 8)]})
 
 
 def test_a_model_whose_layers_cannot_be_found() -> None:
-    with pytest.raises(ValueError, match=r"Linear has none: pass layers='\.\.\.'"):
+    with pytest.raises(ValueError, match=r"a config with num_hidden_layers, and Linear has none: pass layers='\.\.\.'"):
         MultiExitEncoder(nn.Linear(3, 3))
+    model = tiny_models.encoder()
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match=r"a ModuleList of its 5 layers, and BertModel has none: pass layers='\.\.\.'"):
+        MultiExitEncoder(model)
 
 
 def test_bad_calls(pipeline) -> None:
@@ -359,6 +370,8 @@ def test_bad_calls(pipeline) -> None:
         encoder.encode(["w1"], batch_size=0)
     with pytest.raises(ValueError, match="prompt_name must be one of none, got 'query'"):
         encoder.encode(["w1"], prompt_name="query")
+    with pytest.raises(ValueError, match="prompt_length must be at least 0, got -1"):
+        encoder(input_ids=torch.tensor([[1, 2]]), prompt_length=-1)
     with pytest.raises(ValueError, match="tokenizer must be given"):
         MultiExitEncoder(pipeline[0].auto_model).encode(["w1"])
 

@@ -99,6 +99,30 @@ def test_a_wrong_checkpoint_is_described_whole() -> None:
         LatentAttentionPooling.from_nv_embed(nv_embed_weights(DIM, heads=HEADS), heads=3)
     with pytest.raises(ValueError, match="latents is missing"):
         LatentAttentionPooling.from_nv_embed({})
+    weights = nv_embed_weights(DIM, heads=HEADS)
+    for name, tensor, problem in (
+        ("cross_attend_blocks.0.fn.to_q.weight", None, "cross_attend_blocks.0.fn.to_q.weight is missing"),
+        ("latents", torch.zeros(DIM), f"latents must be a matrix, got shape [{DIM}]"),
+        ("latents", weights["latents"].int(), "latents must be floating point, got torch.int32"),
+    ):
+        changed = {**weights, name: tensor} if tensor is not None else {k: v for k, v in weights.items() if k != name}
+        with pytest.raises(ValueError) as error:
+            LatentAttentionPooling.from_nv_embed(changed, heads=HEADS)
+        assert str(error.value) == f"state_dict is not an NV-Embed latent attention: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "heads", "error", "message"),
+    [
+        (None, 8, TypeError, "state_dict must be a dict of tensors by name, got NoneType"),
+        ({"latents": [1.0]}, 8, TypeError, "got list as latents"),
+        ({}, 0, ValueError, "heads must be at least 1, got 0"),
+        ({}, "8", TypeError, "heads must be an integer, got '8'"),
+    ],
+)
+def test_what_is_no_checkpoint(state_dict: Any, heads: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LatentAttentionPooling.from_nv_embed(state_dict, heads)
 
 
 def test_unpooled_tokens() -> None:
@@ -110,8 +134,8 @@ def test_unpooled_tokens() -> None:
     torch.testing.assert_close(every(x), nv_embed_pooling(x, None, weights, HEADS))
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    for bits in (None, 8):
+def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
+    for bits in (None, 8, 4):
         module, _ = _nv_embed(torch.float32)
         module.quantize(bits)
         x, mask = _batch(torch.float32)

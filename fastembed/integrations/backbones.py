@@ -49,9 +49,10 @@ def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
     if layers is None:
         path = next((name for name, module in model.named_modules() if _is_stack(module, depth)), None)
         if path is None:
+            wanted = "a config with num_hidden_layers" if depth is None else f"a ModuleList of its {depth} layers"
             raise ValueError(
-                f"model must have a ModuleList of its {depth} layers, and {type(model).__name__} has none: pass "
-                "layers='...', the attribute path of the list of layers, such as 'encoder.layer'"
+                f"model must have {wanted}, and {type(model).__name__} has none: pass layers='...', the attribute path "
+                "of the list of layers, such as 'encoder.layer'"
             )
     else:
         path = layers

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import latent as ops
 from ..ops._pooling_checks import flat_mask
+from ..ops._search_checks import check_integer
 from ..ops.latent_attention import has_kernels, latent_attention
 from ..ops.qmatmul import whole_row
 from ..reference import latent as reference
@@ -280,17 +281,24 @@ class LatentAttentionPooling(nn.Module):
             normalize: the model's output_normalize.
 
         Raises:
-            ValueError: tensors are missing, unknown or of a wrong shape; one message names them all.
+            TypeError: something else than a dict of tensors by name.
+            ValueError: tensors are missing, unknown, not floating point or of a wrong shape; one message names them
+                all. Or a number of heads that does not divide theirs.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict of tensors by name, got {type(state_dict).__name__}")
+        check_integer("heads", heads, 1)
         tensors = {
             name.removeprefix(_NV_EMBED_PREFIX): tensor
             for name, tensor in state_dict.items()
             if name.startswith(_NV_EMBED_PREFIX) or not any(key.startswith(_NV_EMBED_PREFIX) for key in state_dict)
         }
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"state_dict must be a dict of tensors by name, got {type(tensor).__name__} as {name}")
         attend, feed = "cross_attend_blocks.0", "cross_attend_blocks.1"
-        latents, dim = _two_dims(tensors.get("latents"))
-        inner = _two_dims(tensors.get(f"{attend}.fn.to_q.weight"))[0]
-        hidden = _two_dims(tensors.get(f"{feed}.fn.net.2.weight"))[1]
+        measured = "latents", f"{attend}.fn.to_q.weight", f"{feed}.fn.net.2.weight"
+        (latents, dim), (inner, _), (_, hidden) = (_two_dims(tensors.get(name)) for name in measured)
         expected = {
             "latents": (latents, dim),
             **{f"{block}.{leaf}": (dim,) for block in (f"{attend}.norm", f"{attend}.norm_context", f"{feed}.norm")
@@ -306,9 +314,20 @@ class LatentAttentionPooling(nn.Module):
         problems = [f"{name} is missing" for name in expected if name not in tensors]
         problems += [f"{name} is unknown" for name in tensors if name not in expected]
         problems += [
+            f"{name} must be a matrix, got shape {list(tensors[name].shape)}"
+            for name in measured
+            if name in tensors and tensors[name].dim() != 2
+        ]
+        problems += [
             f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}"
             for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
+            # What is measured at a tensor that is missing, or no matrix, is 0: nothing can be said by it of the others.
+            if name in tensors and tensors[name].shape != shape and 0 not in shape
+        ]
+        problems += [
+            f"{name} must be floating point, got {tensors[name].dtype}"
+            for name in expected
+            if name in tensors and not tensors[name].is_floating_point()
         ]
         if not problems and inner % heads:
             problems.append(f"{heads} heads do not divide the {inner} rows of {attend}.fn.to_q.weight")

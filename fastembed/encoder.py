@@ -316,17 +316,15 @@ class MultiExitEncoder(nn.Module):
 
         Raises:
             ValueError: not an exit of this encoder; one that a shorter model would not give (see `final_norm`), that
-                mixes layers or modes or selects tokens; or no tokenizer.
+                mixes layers or selects tokens, or whose head acts on tokens; or no tokenizer.
         """
         from .integrations.exit_models import exit_model
 
         (wanted,) = self._choose([self.exits[-1]] if exit is None else [exit])
         backbone = self._backbone
         layer, dim = wanted
-        if isinstance(layer, tuple) or not isinstance(self.mode, str) or self.select is not None:
-            raise ValueError(
-                f"exit {wanted} must be of one layer, one mode and all tokens to become a SentenceTransformer"
-            )
+        if isinstance(layer, tuple) or self.select is not None:
+            raise ValueError(f"exit {wanted} must be of one layer and all tokens to become a SentenceTransformer")
         if backbone.final_norm is not None and not self.final_norm and layer < len(backbone.layers):
             raise ValueError(
                 f"exit {wanted} must go through the norm behind the last layer, as it does in a shorter model: build "
@@ -335,6 +333,11 @@ class MultiExitEncoder(nn.Module):
         if self._tokenizer is None:
             raise ValueError("tokenizer must be given to the MultiExitEncoder, got None")
         head = self._head(layer)
+        if isinstance(head, nn.Linear) and not _commutes(head, self.mode):
+            raise ValueError(
+                f"exit {wanted} must have a head that acts on the pooled vector, as a SentenceTransformer's do, and "
+                f"with mode {self.mode!r} it acts on every token"
+            )
         return exit_model(
             backbone, (layer, dim), self._tokenizer, head, self.mode, self.normalize, self.include_prompt, self.prompts
         )

@@ -298,6 +298,33 @@ def test_an_exit_as_a_sentence_transformer_saves_and_loads(pipeline, tmp_path, e
     assert len(pipeline[0].auto_model.encoder.layer) == 2
 
 
+def test_a_saved_exit_pads_on_the_same_side(pipeline, tmp_path) -> None:
+    pipeline.tokenizer.padding_side = "left"
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline, [(1, 64)])
+    encoder.sentence_transformer().save(str(tmp_path / "exit"))
+    loaded = SentenceTransformer(str(tmp_path / "exit"))
+    np.testing.assert_allclose(loaded.encode(texts), encoder.encode(texts)[1, 64], atol=1e-6)
+
+
+@pytest.mark.parametrize("exit", [(2, 192), (1, 100)])
+def test_a_pipeline_of_several_modes(tmp_path, exit: tuple[int, int]) -> None:
+    pipeline = tiny_models.sentence_transformer(tmp_path, ("cls", "max", "mean"))
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline, [(1, 100), (2, 192)])
+    np.testing.assert_allclose(encoder.encode(texts)[2, 192], pipeline.encode(texts), atol=1e-6)
+    encoder.sentence_transformer(exit).save(str(tmp_path / "exit"))
+    loaded = SentenceTransformer(str(tmp_path / "exit"))
+    np.testing.assert_allclose(loaded.encode(texts), encoder.encode(texts)[exit], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["max", ("cls", "mean")])
+def test_a_head_on_tokens_is_no_sentence_transformer(pipeline, mode: str | tuple[str, ...]) -> None:
+    encoder = MultiExitEncoder(pipeline, [(1, 16)], mode=mode, heads={1: nn.Linear(64, 16)})
+    with pytest.raises(ValueError, match="must have a head that acts on the pooled vector"):
+        encoder.sentence_transformer()
+
+
 def test_an_exit_with_a_head_as_a_sentence_transformer(pipeline, tmp_path) -> None:
     encoder = MultiExitEncoder(pipeline, [(1, 16)], heads={1: nn.Linear(64, 24)})
     texts = tiny_models.texts()
@@ -450,7 +477,7 @@ def test_pools_only_the_selected_tokens(pipeline) -> None:
             torch.testing.assert_close(ours, pool_exits([hidden], mask)[0][64], rtol=0, atol=0)
     with pytest.raises(ValueError, match="inputs must have input_ids for select to choose from, got inputs_embeds"):
         MultiExitEncoder(model, select=FromToken(separator))(inputs_embeds=torch.zeros(1, 2, 64))
-    with pytest.raises(ValueError, match=r"exit \(2, 64\) must be of one layer, one mode and all tokens"):
+    with pytest.raises(ValueError, match=r"exit \(2, 64\) must be of one layer and all tokens"):
         MultiExitEncoder(pipeline, select=FromToken(separator)).sentence_transformer()
 
 

@@ -1,7 +1,7 @@
 """Exits and SentenceTransformers: what a MultiExitEncoder takes over from one, and one exit as one."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,7 @@ class Pipeline:
     model: nn.Module
     tokenizer: Any
     max_length: int | None
-    mode: str
+    mode: str | tuple[str, ...]
     normalize: bool
     include_prompt: bool
     prompts: Mapping[str, str]
@@ -45,14 +45,12 @@ def read_pipeline(model: SentenceTransformer) -> Pipeline:
             f"{', '.join(type(module).__name__ for module in model)}: pass its transformers model, tokenizer and heads"
         )
     (pooling,) = poolings
-    if not isinstance(pooling.pooling_mode, str):
-        raise ValueError(f"model must pool in one mode, got {pooling.pooling_mode}: pass its transformers model")
     normalizes = any(isinstance(module, Normalize) for module in rest)
     return Pipeline(
         transformer.auto_model,
         model.tokenizer,
         model.max_seq_length,
-        MODES.get(pooling.pooling_mode, pooling.pooling_mode),
+        _translated(pooling.pooling_mode, MODES),
         normalizes or (isinstance(pooling, FusedPooling) and pooling.normalize),
         pooling.include_prompt,
         {name: prompt for name, prompt in model.prompts.items() if prompt},
@@ -64,7 +62,7 @@ def exit_model(
     exit: tuple[int, int],
     tokenizer: Tokenizer,
     head: nn.Module | None,
-    mode: str,
+    mode: str | Sequence[str],
     normalize: bool,
     include_prompt: bool,
     prompts: Mapping[str, str],
@@ -82,30 +80,42 @@ def exit_model(
     model = _cut_off(backbone, layer)
     with TemporaryDirectory() as folder:  # a Transformer is only made from files
         model.save_pretrained(folder)
-        tokenizer.tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer.tokenizer, folder)
         transformer = Transformer(folder, max_seq_length=tokenizer.max_length)
     transformer.model = model
     names = {ours: theirs for theirs, ours in MODES.items()}
     modules: list[nn.Module] = [
         transformer,
-        Pooling(backbone.hidden_size, names.get(mode, mode), include_prompt=include_prompt),
+        Pooling(backbone.hidden_size, _translated(mode, names), include_prompt=include_prompt),
     ]
-    if head is not None or dim < backbone.hidden_size:
-        modules.append(_projection(head, dim, backbone.hidden_size))
+    width = backbone.hidden_size * (1 if isinstance(mode, str) else len(mode))
+    if head is not None or dim < width:
+        modules.append(_projection(head, dim, width))
     if normalize:
         modules.append(Normalize())
     device = next(model.parameters()).device
     return SentenceTransformer(modules=modules, prompts=dict(prompts), device=str(device)).train(model.training)
 
 
-def _projection(head: nn.Linear | None, dim: int, hidden_size: int) -> Dense:
+def _save_tokenizer(tokenizer: Any, folder: str) -> None:
+    """With the side that it pads now: by itself it saves the one it was made with."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
+    tokenizer.save_pretrained(folder)
+
+
+def _translated(mode: str | Sequence[str], names: Mapping[str, str]) -> str | tuple[str, ...]:
+    return names.get(mode, mode) if isinstance(mode, str) else tuple(names.get(one, one) for one in mode)
+
+
+def _projection(head: nn.Linear | None, dim: int, width: int) -> Dense:
     """The head's first `dim` features; without a head, the first `dim` of the pooled vector, by rows of the identity.
 
     SentenceTransformer's own truncate_dim comes after its Normalize, and leaves vectors shorter than 1.
     """
-    dense = Dense(hidden_size, dim, bias=head is not None and head.bias is not None, activation_function=nn.Identity())
+    dense = Dense(width, dim, bias=head is not None and head.bias is not None, activation_function=nn.Identity())
     with torch.no_grad():
-        dense.linear.weight.copy_(torch.eye(dim, hidden_size) if head is None else head.weight[:dim])
+        dense.linear.weight.copy_(torch.eye(dim, width) if head is None else head.weight[:dim])
         if head is not None and head.bias is not None:
             dense.linear.bias.copy_(head.bias[:dim])
     return dense

@@ -139,13 +139,20 @@ def _memory_workload(context: Context, bits: int) -> Workload:
     linear, x = problem.linear, problem.x
     layer = QuantLinear.from_linear(linear, bits=bits, group_size=128)
     count = 2 if context.quick else -(-MEMORY_BYTES // layer.nbytes)
-    layers = itertools.cycle([copy.deepcopy(layer) for _ in range(count)])
+    layers = itertools.cycle([_same_layer(layer) for _ in range(count)])
 
     def call() -> Tensor:
         return next(layers)(x)
 
     workload = _workload(problem, [("fastembed", bits, call)], [OfLimit(0.8)])
     return dataclasses.replace(workload, demands={"read": float(layer.nbytes)})
+
+
+def _same_layer(layer: QuantLinear) -> QuantLinear:
+    """In memory as layers have it; deepcopy would give it what other tensors have."""
+    same = QuantLinear(layer.in_features, layer.out_features, bits=layer.bits, group_size=layer.group_size)
+    same.load_state_dict(layer.state_dict())
+    return same.eval()
 
 
 @dataclass(frozen=True)

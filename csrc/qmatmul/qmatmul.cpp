@@ -83,12 +83,21 @@ void widen_bias(const Layer& layer, int64_t first, int64_t columns, float* bias)
   std::memset(bias, 0, panel_width * sizeof(float));
   if (layer.bias == nullptr) return;
   const char* data = element(layer.bias, layer.bias_dtype, first);
+  if (layer.bias_dtype == DType::f32) {
+    std::memcpy(bias, data, columns * sizeof(float));
+    return;
+  }
   for (int64_t i = 0; i < columns; ++i) bias[i] = load_scalar(data, layer.bias_dtype, i);
 }
 
 int64_t groups_of(const Layer& layer) { return divide_up(layer.in_features, layer.group_size); }
 bool is_int8(const Layer& layer) { return layer.activations == Activations::int8; }
 int64_t panels_of(const Layer& layer) { return divide_up(layer.out_features, panel_width); }
+
+void fetch(const void* data, int64_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+}
 
 // One call, seen as tasks: rows to quantise, then panels by row ranges to multiply.
 class Call {
@@ -203,7 +212,12 @@ class Call {
     const Place place = find_panel(task / ranges);
     // Threads take the tasks in turns, roughly.
     const int64_t next = (task + team) / ranges;
-    const uint8_t* next_codes = next > task / ranges && next < panels_ ? find_panel(next).codes() : nullptr;
+    const uint8_t* next_codes = nullptr;
+    if (next > task / ranges && next < panels_) {
+      const Place next_place = find_panel(next);
+      fetch_all_but_codes(next_place);
+      next_codes = next_place.codes();
+    }
     multiply_panel(place, next_codes, part, first, from, rows.count);
   }
 
@@ -227,6 +241,19 @@ class Call {
       place.sums_before += sums_of(*place.projection->layer);
     }
     return place;
+  }
+
+  // What a panel needs of its layer besides the codes is too little at a time for the processor to see it coming.
+  static void fetch_all_but_codes(const Place& place) {
+    const Layer& layer = *place.projection->layer;
+    const int64_t count = groups_of(layer) * panel_width;
+    const Steps steps = steps_from(layer.steps, place.panel * count);
+    fetch(steps.scales, count * size_of(steps.dtype));
+    if (steps.zeros != nullptr) fetch(steps.zeros, count * (steps.kind == Zeros::codes ? 1 : size_of(steps.dtype)));
+    if (layer.bias == nullptr) return;
+    const int64_t column = place.panel * panel_width;
+    const int64_t columns = std::min(panel_width, layer.out_features - column);
+    fetch(element(layer.bias, layer.bias_dtype, column), columns * size_of(layer.bias_dtype));
   }
 
   // `part` of the rows of a block, from its row `first` on.

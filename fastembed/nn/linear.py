@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._large_pages import in_large_pages
 from ..ops import qmatmul
 from ..quantization.rtn import quantize_rtn
 from ..reference.qmatmul import PANEL, QUAD, pack_codes, to_panels
@@ -87,9 +88,9 @@ class QuantLinear(nn.Module):
         per_group = (panels, -(-in_features // features_per_group), PANEL)
         codes_shape = (panels, -(-in_features // QUAD), 32 * bits)
         zero_dtype = scale_dtype if fractional_zeros or bits == 1 else torch.uint8
-        self.register_buffer("codes", torch.zeros(codes_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.zeros(per_group, dtype=scale_dtype, device=device))
-        self.register_buffer("zeros", None if symmetric else torch.zeros(per_group, dtype=zero_dtype, device=device))
+        self.register_buffer("codes", _zeros(codes_shape, torch.uint8, device))
+        self.register_buffer("scales", _zeros(per_group, scale_dtype, device))
+        self.register_buffer("zeros", None if symmetric else _zeros(per_group, zero_dtype, device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
 
     @classmethod
@@ -186,9 +187,9 @@ class QuantLinear(nn.Module):
             raise ValueError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
         if zeros is not None and bits == 1:
             zeros = zeros.to(scales.dtype)
-        layer.codes = pack_codes(codes, bits)
-        layer.scales = to_panels(scales)
-        layer.zeros = None if zeros is None else to_panels(zeros)
+        layer.codes = in_large_pages(pack_codes(codes, bits))
+        layer.scales = in_large_pages(to_panels(scales))
+        layer.zeros = None if zeros is None else in_large_pages(to_panels(zeros))
         layer.bias = None if bias is None else bias.detach()
         return layer
 
@@ -346,6 +347,10 @@ class QuantLinearGroup(nn.Module):
         if all(qmatmul.runs_prepared(x, layer._buffers["bias"]) for layer in layers):
             return qmatmul.run_together([layer._prepare() for layer in layers], x)
         return tuple(layer(x) for layer in layers)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return in_large_pages(torch.zeros(shape, dtype=dtype, device=device))
 
 
 def _as_autocast(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq"]
+AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq", "-mavx512bitalg", "-mgfni"]
 # Not a level of its own: what a CPU of the level before may have on top (has_avx512bf16 in csrc/common/isa.hpp).
 AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": AVX512VNNI, "avx512bf16": AVX512BF16}

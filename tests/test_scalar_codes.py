@@ -119,6 +119,17 @@ def test_filtered_scalar_topk_is_exact(
         assert_same(scalar_topk(as_tensors(q), as_tensors(c), k, **in_torch), expected)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_query_meets_rows_as_they_lie(isa: str, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    for dim in (8, 60, 64, 128, 136, 192, 256, 384, 512, 640, 1024, 1100, 2048):
+        codes = random_codes(rng, 700, dim, bits)
+        for query_bits in (4, 8, 15):
+            q = random_codes(rng, 1, dim, query_bits)
+            for count in (3, 17, 700):
+                assert_same(scalar_topk(q, codes[:count], 3), oracle(q, codes[:count], 3))
+
+
 def test_largest_products_do_not_overflow(isa: str) -> None:
     dim = (2**31 - 1) // (128 * 255)
     ones = np.packbits(np.ones(dim, np.uint8))

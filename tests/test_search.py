@@ -296,6 +296,21 @@ def test_sdc_topk_is_exact(isa: str, bits: int, queries: int, codes: int, dim: i
     assert_same(sdc_topk(torch.from_numpy(q), in_torch, k), expected)
 
 
+# Dimensions around every number of pieces of a plane that a register holds.
+ROW_DIMS = (8, 60, 64, 72, 128, 136, 192, 256, 300, 384, 512, 640, 1024, 1100, 1536, 2048)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_query_meets_rows_as_they_lie(isa: str, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    for dim in ROW_DIMS:
+        x = rng.standard_normal((700, dim)).astype(np.float32)
+        q = sdc_encode(rng.standard_normal((1, dim)).astype(np.float32), bits)
+        for count in (3, 15, 16, 17, 700):
+            codes = sdc_encode(x[:count], bits)
+            assert_same(sdc_topk(q, codes, 3), sdc_oracle(q, codes, 3))
+
+
 def test_sdc_topk_of_codes_with_very_different_norms(isa: str) -> None:
     # The bound that passes a block over goes by its largest inverse norm.
     rng = np.random.default_rng(0)

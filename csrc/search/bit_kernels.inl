@@ -1,5 +1,6 @@
-// The popcount kernels, written once over a vector type `V` of 64-bit lanes. Each instruction-set file includes this in
-// an anonymous namespace of its level, after search/kernels.hpp and search/score.hpp, and instantiates BitKernels.
+// The popcount kernels, written once over a vector type `V` of 64-bit lanes, and `D` of the 32-bit lanes of its level
+// (dwords_*.inl). Each instruction-set file includes this in an anonymous namespace of its level, after
+// byte_products.inl, and instantiates BitKernels.
 //
 // Hamming. Popcounts cost more than logic, so seven words are first added bit by bit with full adders (Harley-Seal:
 // Mula, Kurz, Lemire, "Faster Population Counts Using AVX2 Instructions", 2018), leaving three popcounts of weights 1,
@@ -16,7 +17,7 @@
 //
 // so three popcounts do instead of the four of plane by plane. Zero padding adds nothing to v.
 
-template <class V>
+template <class V, class D>
 struct BitKernels {
   using Word = typename V::Word;
   static constexpr int64_t lanes = V::lanes;
@@ -216,14 +217,11 @@ struct BitKernels {
       return (largest - least + 1) >> 1;
     };
     const auto hit = [&](int64_t row, int64_t query, Word sum) {
-      Candidates& candidates = queries.candidates[query];
-      float score[lanes];
-      uint32_t above = V::scores_above(largest, sum, block.inverse_norms + row, block.count - row,
-                                       queries.inverse_norms[query], score_of_key(candidates.limit), score);
-      for (; above != 0; above &= above - 1) {
-        const int lane = __builtin_ctz(above);
-        add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
-      }
+      const int64_t count = block.count - row < lanes ? block.count - row : lanes;
+      const auto sums = V::to_dwords(sum);
+      offer_dots<D>(D::subtract(D::splat(static_cast<int32_t>(largest)), D::add(sums, sums)), count,
+                    block.first_id + static_cast<uint32_t>(row), block.inverse_norms + row,
+                    queries.inverse_norms[query], queries.candidates[query]);
     };
     if (bits == 1) return scan(block, words, queries, hamming_sums(words), bound, hit);
     const auto two_bit_sums = [words](const uint64_t* code, const auto& query, const auto& start, auto& sum) {

@@ -20,7 +20,7 @@ struct Candidates {
 };
 
 // Entries that may be written before `count` is looked at.
-constexpr int64_t most_added = 8;
+constexpr int64_t most_added = 16;
 
 constexpr uint32_t key_of(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
 constexpr uint32_t id_of(uint64_t entry) { return static_cast<uint32_t>(entry); }

@@ -26,12 +26,6 @@ constexpr int64_t words_of(int64_t bytes) { return (bytes + 7) / 8; }
 constexpr int64_t level_words(int64_t plane_bytes) { return (plane_bytes + 3) / 4 * 4; }
 constexpr int64_t level_dwords(int64_t words, int bits) { return bits <= 4 ? words : 2 * words + 1; }
 
-// The dimension that level `index` of a packed query belongs to; beyond the last one the level is 0.
-constexpr int64_t dim_of_level(int64_t index) {
-  const int64_t word = index / 32, s = index / 8 % 4, half = index / 4 % 2, byte = index % 4;
-  return word * 32 + byte * 8 + 7 - (s + 4 * half);
-}
-
 struct Block {
   const void* data;            // as `pack_*` of the same table left it
   int64_t count;               // codes in it
@@ -53,6 +47,23 @@ struct QueryGroup {
   const int32_t* constants;    // SDC by levels only
 };
 
+// One query against rows as they lie, for which packing would not pay: sums of products, room for a whole number of
+// 16 of them, and the offer of codes by these.
+struct RowKernels {
+  // 1 or 2 bits; `query` is a row. The dot product of levels is  largest + 2 sum,  of the largest one there is.
+  void (*multiply_planes)(const Rows& codes, int bits, const uint8_t* query, int32_t* sums);
+  // Products of the unsigned integers of codes with signed bytes. Byte `index` of the query, of row_level_bytes,
+  // belongs to dimension dim_of_level(index, bits).
+  void (*multiply_levels)(const Rows& codes, int bits, const uint8_t* query, int32_t* sums);
+  int64_t (*dim_of_level)(int64_t index, int bits);
+  // SDC: dot products are  constant + 2 sum.
+  void (*offer)(const int32_t* sums, int64_t count, uint32_t first_id, const float* inverse_norms,
+                float query_inverse_norm, int32_t constant, Candidates& candidates);
+};
+
+// Bytes for 8 dimensions stand for each byte of a plane, for a whole number of 64 plane bytes.
+constexpr int64_t row_level_bytes(int64_t plane_bytes) { return (plane_bytes + 63) / 64 * 64 * 8; }
+
 struct Kernels {
   // Codes side by side in a packed block: room for a whole number of such groups is needed.
   int64_t bit_lanes;
@@ -69,9 +80,14 @@ struct Kernels {
   void (*pack_planes)(const Rows& codes, int bits, uint64_t* block);
   void (*scan_planes)(const Block& block, int64_t words, int bits, int64_t dim, const QueryGroup& queries);
 
-  // SDC with 3 to 8 bits: dot products of bytes, level_words(bytes / bits) packed words per code.
+  // SDC with 3 to 8 bits: dot products of bytes, level_words(bytes / bits) packed words per code. Level `index` of a
+  // packed query belongs to dimension dim_of_level(index, whether there are more than 4 bits); what lies beyond the
+  // last one is 0 in codes.
   void (*pack_levels)(const Rows& codes, int bits, uint32_t* block);
+  int64_t (*dim_of_level)(int64_t index, bool wide);
   void (*scan_levels)(const Block& block, int64_t words, int bits, const QueryGroup& queries);
+
+  const RowKernels* rows;  // or null
 };
 
 namespace {

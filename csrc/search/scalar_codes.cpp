@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "search/blocks.hpp"
+#include "search/levels.hpp"
 #include "search/scalar_codes_kernels.hpp"
 #include "search/score.hpp"
 
@@ -29,12 +32,8 @@ constexpr int64_t most_queries = 1024;
 
 // s = c - 2^(bits - 1) of every dimension of a query.
 void read_query(const uint8_t* code, int bits, int64_t dim, int* s) {
-  const int64_t plane_bytes = (dim + 7) / 8;
-  for (int64_t d = 0; d < dim; ++d) {
-    int c = 0;
-    for (int plane = 0; plane < bits; ++plane) c = 2 * c + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
-    s[d] = c - (1 << (bits - 1));
-  }
+  read_levels(code, bits, dim, s);
+  for (int64_t d = 0; d < dim; ++d) s[d] -= 1 << (bits - 1);
 }
 
 // What else the score takes of a query, moved from c to s.
@@ -54,6 +53,11 @@ class Products {
     // A look-up multiplies the bits of one plane by half a byte, for many codes at once. Measured on Zen 4: one for
     // each bit is 1.8 times as fast as products of bytes (2.9 times on AVX2), two as fast (1.5 times), three no more.
     const int half_bytes = (queries.bits + half_byte_bits - 1) / half_byte_bits;
+    row_parts_ = queries.bits <= part_bits ? 1 : 2;
+    if (const RowKernels* const by_row = kernels.active().rows) {
+      row_order_ = std::make_unique<LevelOrder>(row_level_bytes(plane_bytes_), dim_,
+                                                [&](int64_t index) { return by_row->dim_of_level(index, bits_); });
+    }
     by_lookup_ = lookups_ != nullptr && queries.bits <= part_bits && codes.bits * half_bytes <= 2;
     if (by_lookup_) {
       parts_ = half_bytes;
@@ -62,15 +66,18 @@ class Products {
       code_bytes_ = bits_ * groups_;
       rows_ = most_lookup_rows;
     } else {
-      parts_ = queries.bits <= part_bits ? 1 : 2;
+      parts_ = row_parts_;
       words_ = level_words(plane_bytes_);
-      part_bytes_ = words_ * 8;
+      const auto dim_of = [&](int64_t index) { return kernels.active().dim_of_level(index, bits_ > 4); };
+      order_ = std::make_unique<LevelOrder>(words_ * 8, dim_, dim_of);
+      part_bytes_ = order_->bytes();
       code_bytes_ = level_dwords(words_, bits_) * static_cast<int64_t>(sizeof(uint32_t));
       rows_ = block_rows(code_bytes_, kernels.active().level_lanes);
     }
   }
 
   int64_t query_bytes() const { return parts_ * part_bytes_; }
+  int64_t row_query_bytes() const { return row_order_ == nullptr ? 0 : row_parts_ * row_order_->bytes(); }
   int64_t part_bytes() const { return part_bytes_; }
   // Of a block, and codes in it.
   int64_t block_bytes() const { return rows_ * code_bytes_; }
@@ -78,11 +85,23 @@ class Products {
 
   void prepare(const int* s, uint8_t* out) const {
     for (int part = 0; part < parts_; ++part, out += part_bytes_)
-      by_lookup_ ? tabulate(s, part, out) : order(s, part, out);
+      by_lookup_ ? tabulate(s, part, out) : order(s, part, *order_, out);
+  }
+  // For multiply_rows.
+  void prepare_for_rows(const int* s, uint8_t* out) const {
+    for (int part = 0; part < row_parts_; ++part, out += row_order_->bytes()) order(s, part, *row_order_, out);
   }
   void pack(const Rows& some, uint8_t* block) const {
     if (by_lookup_) return lookups_->pack(some, bits_, block);
     kernels.active().pack_levels(some, bits_, reinterpret_cast<uint32_t*>(block));
+  }
+  // One query against rows as they lie, where the kernels have it.
+  bool can_take_rows() const { return row_order_ != nullptr; }
+  int row_parts() const { return row_parts_; }
+  void multiply_rows(const Rows& some, const uint8_t* query, int32_t* const* products) const {
+    for (int part = 0; part < row_parts_; ++part, query += row_order_->bytes()) {
+      kernels.active().rows->multiply_levels(some, bits_, query, products[part]);
+    }
   }
   void scan(const Block& block, const BlockFactors& factors, const ScalarQueryGroup& queries) const {
     if (by_lookup_) return lookups_->scan(block, factors, groups_, bits_, parts_, queries);
@@ -90,16 +109,15 @@ class Products {
   }
 
  private:
-  // A part of s in a byte, or both of its parts in one each, in the order of dimensions of packed levels.
-  void order(const int* s, int part, uint8_t* out) const {
-    for (int64_t index = 0; index < part_bytes_; ++index) {
-      const int64_t d = dim_of_level(index);
-      const int value = d < dim_ ? s[d] : 0;
-      const int byte = parts_ == 1 ? value
-                       : part == 0 ? value >> second_part_bits
-                                   : value & ((1 << second_part_bits) - 1);
-      out[index] = static_cast<uint8_t>(byte);
+  // A part of s in a byte, or both of its parts in one each.
+  void order(const int* s, int part, const LevelOrder& order, uint8_t* out) const {
+    std::vector<int8_t> bytes(dim_ + 1);
+    for (int64_t d = 0; d < dim_; ++d) {
+      bytes[d] = static_cast<int8_t>(row_parts_ == 1 ? s[d]
+                                     : part == 0     ? s[d] >> second_part_bits
+                                                     : s[d] & ((1 << second_part_bits) - 1));
     }
+    order.apply(bytes.data(), out);
   }
 
   // For each index of a plane the sums of half a byte of s over the bits that are set in it. No sum is ever negative
@@ -134,33 +152,24 @@ class Products {
   int64_t plane_bytes_;
   const ScalarLookups* lookups_;
   bool by_lookup_;
-  int parts_;
+  int parts_, row_parts_;
   int64_t part_bytes_, code_bytes_, rows_;
-  int64_t words_ = 0, groups_ = 0;  // of a code, as the one or the other wants them
+  int64_t words_ = 0, groups_ = 0;                       // of a code, as the one or the other wants them
+  std::unique_ptr<const LevelOrder> order_, row_order_;  // where they are wanted
 };
-
-// [count, scalar_factors] to what the kernels take, with zeros up to `rows`.
-void lay_out(const float* factors, int64_t count, int64_t rows, int64_t dim, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float lower = factors[i * scalar_factors], step = factors[i * scalar_factors + 1];
-    out[i] = step;
-    out[rows + i] = lower;
-    out[2 * rows + i] = lower * static_cast<float>(dim) + step * factors[i * scalar_factors + 2];
-    out[3 * rows + i] = factors[i * scalar_factors + 3];
-  }
-  for (int64_t j = 0; j < scalar_factors; ++j) std::fill(out + j * rows + count, out + (j + 1) * rows, 0.0f);
-}
 
 void search(const ScalarMatrix& queries, const ScalarMatrix& codes, const Selection& selection, int64_t dim, int64_t k,
             float* scores, int64_t* ids, int threads) {
   const int64_t query_rows = queries.codes.rows;
   const Products products(queries, codes, dim);
   const Buffer<uint8_t> packed_queries(query_rows * products.query_bytes());
+  const Buffer<uint8_t> row_queries(query_rows * products.row_query_bytes());
   const Buffer<ScalarQuery> query_factors(query_rows);
-  const Buffer<int> s(dim);
+  const Buffer<int> s((dim + 7) / 8 * 8);
   for (int64_t row = 0; row < query_rows; ++row) {
     read_query(queries.codes.data + row * queries.codes.stride, queries.bits, dim, s.at(0));
     products.prepare(s.at(0), packed_queries.at(row * products.query_bytes()));
+    if (products.can_take_rows()) products.prepare_for_rows(s.at(0), row_queries.at(row * products.row_query_bytes()));
     *query_factors.at(row) = query_factors_of(queries.factors + row * scalar_factors, queries.bits, dim, s.at(0));
   }
 
@@ -169,20 +178,36 @@ void search(const ScalarMatrix& queries, const ScalarMatrix& codes, const Select
   const Codes selected(codes.codes, codes.factors, scalar_factors, selection, rows, schedule.workers());
   const Buffer<uint8_t> blocks(schedule.workers() * products.block_bytes());
   const Buffer<float> block_factors(schedule.workers() * rows * scalar_factors);
+  const Buffer<int32_t> row_products(schedule.workers() * 2 * rows);
+  const ScalarKernels& isa = scalar_kernels.active();
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
+    const BlockFactors laid_out = {block_factors.at(worker * rows * scalar_factors), rows};
+    if (products.can_take_rows() && piece.member_count == 1) {
+      const int64_t query = batch.first_query + piece.members[0];
+      int32_t* const of_parts[] = {row_products.at(2 * worker * rows), row_products.at((2 * worker + 1) * rows)};
+      for (int64_t first = piece.first; first < piece.last; first += rows) {
+        const Block block = {
+            nullptr, std::min(rows, piece.last - first), static_cast<uint32_t>(first), nullptr, 0, nullptr, 0};
+        const Codes::Some some = selected.at(first, block.count, worker);
+        products.multiply_rows(some.rows, row_queries.at(query * products.row_query_bytes()), of_parts);
+        isa.lay_out(some.factors, block.count, dim, laid_out);
+        isa.offer_rows(block, laid_out, of_parts, products.row_parts(), *query_factors.at(query),
+                       candidates[piece.members[0]]);
+      }
+      return;
+    }
     const ScalarQueryGroup group = {packed_queries.at(batch.first_query * products.query_bytes()),
                                     products.part_bytes(),
                                     query_factors.at(batch.first_query),
                                     piece.members,
                                     piece.member_count,
                                     candidates};
-    float* const laid_out = block_factors.at(worker * rows * scalar_factors);
     scan_blocks(
         selected, piece, rows, worker, blocks.at(worker * products.block_bytes()),
         [&](const Rows& some, uint8_t* block) { products.pack(some, block); },
         [&](const Block& block, const float* factors) {
-          lay_out(factors, block.count, rows, dim, laid_out);
-          products.scan(block, {laid_out, rows}, group);
+          isa.lay_out(factors, block.count, dim, laid_out);
+          products.scan(block, laid_out, group);
         });
   };
   const float none = -std::numeric_limits<float>::infinity();

@@ -1,6 +1,6 @@
-// Inner products of scalar codes, written once over a vector type `V` of 32-bit lanes, a code to a lane. Each
-// instruction-set file includes this in an anonymous namespace of its level, after scalar_codes_kernels.hpp and
-// score.hpp. Compiled without contraction (setup.py), so that the score has the same bits at every level.
+// Inner products of scalar codes, written once over a vector type `V` of 32-bit lanes (dwords_*.inl), a code to a lane.
+// Each instruction-set file includes this in an anonymous namespace of its level, after byte_products.inl. Compiled
+// without contraction (setup.py), so that the score has the same bits at every level.
 //
 // With a code lower + step c, its total = dim lower + step sum(c), and a query lower' + step' s, the estimate is
 //
@@ -30,15 +30,7 @@ struct ScalarScores {
   }
 
   static void offer(const Block& block, int64_t row, Candidates& candidates, Floats scores) {
-    uint32_t above = V::above(scores, score_of_key(candidates.limit));
-    if (__builtin_expect(above == 0, 1)) return;
-    if (block.count - row < lanes) above &= (1u << (block.count - row)) - 1;
-    float score[lanes];
-    V::store(score, scores);
-    for (; above != 0; above &= above - 1) {
-      const int lane = __builtin_ctz(above);
-      add_candidate(candidates, key_of_score(score[lane]), block.first_id + static_cast<uint32_t>(row + lane));
-    }
+    offer_scores<V>(scores, block.count - row, block.first_id + static_cast<uint32_t>(row), candidates);
   }
 
   Floats step, lower, total, extra;
@@ -51,8 +43,6 @@ struct ScalarCodeKernels {
   using Word = typename V::Word;
   using Floats = typename V::Floats;
   static constexpr int64_t lanes = V::lanes;
-  // Sums that fit in registers.
-  static constexpr int64_t group = 8;
 
   template <int parts>
   static Floats product(const Word* dots) {
@@ -60,53 +50,83 @@ struct ScalarCodeKernels {
     return V::add(V::multiply(V::to_floats(dots[0]), V::all(128.0f)), V::to_floats(dots[1]));
   }
 
-  // `n` queries of `parts` parts each.
-  template <int n, int parts, bool wide>
+  // `n` queries of `parts` parts each, `m` groups of codes.
+  template <int m, int n, int parts, bool wide>
   static void scan_group(const Block& block, const BlockFactors& factors, int64_t words,
                          const ScalarQueryGroup& queries, int64_t first) {
+    using Products = ByteProducts<V>;
     const uint32_t* const members = queries.members + first;
     constexpr int sums = n * parts;
     const uint8_t* query[sums];
     for (int j = 0; j < sums; ++j) {
       query[j] = queries.data + (members[j / parts] * parts + j % parts) * queries.bytes;
     }
-    const uint32_t* code = static_cast<const uint32_t*>(block.data);
+    const int64_t group_words = wide ? 2 * words + 1 : words;
     Fetch fetch(block, first, n, queries.count, (block.count + lanes - 1) / lanes);
-    for (int64_t row = 0; row < block.count; row += lanes) {
-      fetch.step();
-      Word dots[sums];
-      for (int j = 0; j < sums; ++j) dots[j] = V::zero();
-      for (int64_t w = 0; w < words; ++w, code += (wide ? 2 : 1) * lanes) {
-        const Word both = V::load(code);
-        const Word low = wide ? both : V::low_halves(both);
-        const Word high = wide ? V::load(code + lanes) : V::high_halves(both);
+    Products::template for_rows<m>(block.count, fetch, [&](int64_t row, auto groups) __attribute__((always_inline)) {
+      constexpr int some = decltype(groups)::value;
+      Word dots[some][sums];
+      for (int i = 0; i < some; ++i) {
+        for (int j = 0; j < sums; ++j) dots[i][j] = V::zero();
+      }
+      Products::template add<some, sums, wide>(static_cast<const uint32_t*>(block.data) + row * group_words,
+                                               group_words, words, query, dots);
+#pragma GCC unroll 4
+      for (int i = 0; i < some; ++i) {
+        const Scores scores(factors, row + i * lanes);
 #pragma GCC unroll 8
-        for (int j = 0; j < sums; ++j) {
-          const Word q0 = V::four_bytes(query[j] + w * 8), q1 = V::four_bytes(query[j] + w * 8 + 4);
-          dots[j] = wide ? V::add_dot_wide(V::add_dot_wide(dots[j], low, q0), high, q1)
-                         : V::add_dot(V::add_dot(dots[j], low, q0), high, q1);
+        for (int j = 0; j < n; ++j) {
+          Scores::offer(block, row + i * lanes, queries.candidates[members[j]],
+                        scores.of(product<parts>(dots[i] + j * parts), queries.queries[members[j]]));
         }
       }
-      if (wide) code += lanes;  // sums that searches by levels want
-      const Scores scores(factors, row);
-#pragma GCC unroll 8
-      for (int j = 0; j < n; ++j) {
-        Scores::offer(block, row, queries.candidates[members[j]],
-                      scores.of(product<parts>(dots + j * parts), queries.queries[members[j]]));
-      }
-    }
+    });
   }
 
-  // Queries in groups that share the loads of a code, what is left over one by one.
   template <int parts, bool wide>
   static void scan_all(const Block& block, const BlockFactors& factors, int64_t words,
                        const ScalarQueryGroup& queries) {
-    constexpr int n = group / parts;
-    int64_t first = 0;
-    for (; first + n <= queries.count; first += n) {
-      scan_group<n, parts, wide>(block, factors, words, queries, first);
+    ByteProducts<V>::template for_groups<parts>(queries.count, [&](int64_t first, auto n, auto m) {
+      scan_group<decltype(m)::value, decltype(n)::value, parts, wide>(block, factors, words, queries, first);
+    });
+  }
+
+  // [count, scalar factors] to what the scores take.
+  static void lay_out(const float* factors, int64_t count, int64_t dim, const BlockFactors& out) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      float last[4 * lanes] = {};
+      const float* from = factors + 4 * i;
+      if (count - i < lanes) {
+        __builtin_memcpy(last, from, static_cast<unsigned long>(count - i) * 4 * sizeof(float));
+        from = last;
+      }
+      Floats parted[4];
+      V::load_four(from, parted);
+      const Floats lower = parted[0], step = parted[1];
+      V::store(out.data + i, step);
+      V::store(out.data + out.stride + i, lower);
+      V::store(out.data + 2 * out.stride + i,
+               V::add(V::multiply(lower, V::all(static_cast<float>(dim))), V::multiply(step, parted[2])));
+      V::store(out.data + 3 * out.stride + i, parted[3]);
     }
-    for (; first < queries.count; ++first) scan_group<1, parts, wide>(block, factors, words, queries, first);
+  }
+
+  template <int parts>
+  static void offer_rows_of(const Block& block, const BlockFactors& factors, const int32_t* const* products,
+                            const ScalarQuery& query, Candidates& candidates) {
+    for (int64_t row = 0; row < block.count; row += lanes) {
+      Word dots[parts];
+      for (int part = 0; part < parts; ++part) {
+        dots[part] = V::load(reinterpret_cast<const uint32_t*>(products[part]) + row);
+      }
+      Scores::offer(block, row, candidates, Scores(factors, row).of(product<parts>(dots), query));
+    }
+  }
+
+  static void offer_rows(const Block& block, const BlockFactors& factors, const int32_t* const* products, int parts,
+                         const ScalarQuery& query, Candidates& candidates) {
+    return parts == 1 ? offer_rows_of<1>(block, factors, products, query, candidates)
+                      : offer_rows_of<2>(block, factors, products, query, candidates);
   }
 
   static void scan(const Block& block, const BlockFactors& factors, int64_t words, bool wide, int parts,
@@ -166,7 +186,7 @@ struct ScalarLookupKernels {
       V::widen(V::subtract_pairs(low[j], V::to_odd_bytes(high[j])), high[j], parts);
       for (int i = 0; i < 4; ++i) {
         uint32_t* const sum = reinterpret_cast<uint32_t*>(sums[j]) + i * lanes;
-        V::store(sum, V::add_words(V::load(sum), V::shift_left(parts[i], shift)));
+        V::store(sum, V::add(V::load(sum), V::shift_left(parts[i], shift)));
       }
     }
   }

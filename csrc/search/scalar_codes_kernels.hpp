@@ -17,7 +17,7 @@ struct ScalarQuery {
 // The same of the codes of a block: the arrays `step`, `lower`, `total` (the sum of what the code stands for) and
 // `extra`, one behind the other, `stride` floats apart.
 struct BlockFactors {
-  const float* data;
+  float* data;
   int64_t stride;
 };
 
@@ -54,6 +54,11 @@ struct ScalarKernels {
   // half bytes; `words` level_words each. Queries of one part are s; of two, 128 * first + second = s.
   void (*scan)(const Block& block, const BlockFactors& factors, int64_t words, bool wide, int parts,
                const ScalarQueryGroup& queries);
+  // Factors as codes have them beside them, to those of a block, with zeros up to a whole number of groups of codes.
+  void (*lay_out)(const float* factors, int64_t count, int64_t dim, const BlockFactors& out);
+  // Offers codes by their products with each part of one query, as RowKernels::multiply_levels leaves them.
+  void (*offer_rows)(const Block& block, const BlockFactors& factors, const int32_t* const* products, int parts,
+                     const ScalarQuery& query, Candidates& candidates);
   const ScalarLookups* lookups;  // or null
 };
 

@@ -7,10 +7,12 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "search/blocks.hpp"
 #include "search/candidates.hpp"
 #include "search/kernels.hpp"
+#include "search/levels.hpp"
 #include "search/schedule.hpp"
 #include "search/score.hpp"
 
@@ -71,22 +73,38 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
 }
 
 // What SDC by bit planes and by levels share. A packed code has `words` words of type Word, a packed query
-// `query_words` of its own type, `lanes` codes stand side by side.
-template <class Word, class QueryWord, class Pack, class ScanBlock>
+// `query_words` of its own type, `lanes` codes stand side by side. Where the kernels have it, a query that is alone
+// meets rows as they lie: multiply_rows(rows, query, sums), of which dot products are  constant + 2 sum.
+template <class Word, class QueryWord, class Pack, class ScanBlock, class MultiplyRows>
 void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t k, float* scores,
                 int64_t* ids, int threads, int64_t words, int64_t lanes, const QueryWord* packed_queries,
-                int64_t query_words, const int32_t* constants, const Pack& pack, const ScanBlock& scan_block) {
+                int64_t query_words, const int32_t* constants, const Pack& pack, const ScanBlock& scan_block,
+                const RowKernels* row_kernels, const MultiplyRows& multiply_rows) {
   const Schedule schedule(queries.codes.rows, codes.codes, selection, k, threads);
   const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
   const Codes selected(codes.codes, codes.inverse_norms, 1, selection, rows, schedule.workers());
   const Buffer<Word> blocks(schedule.workers() * rows * words);
+  const Buffer<int32_t> sums(schedule.workers() * rows);
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
+    if (row_kernels != nullptr && piece.member_count == 1) {
+      const uint32_t member = piece.members[0];
+      const int64_t query = batch.first_query + member;
+      for (int64_t first = piece.first; first < piece.last; first += rows) {
+        const int64_t count = std::min(rows, piece.last - first);
+        const Codes::Some some = selected.at(first, count, worker);
+        int32_t* const of_rows = sums.at(worker * rows);
+        multiply_rows(some.rows, query, of_rows);
+        row_kernels->offer(of_rows, count, static_cast<uint32_t>(first), some.factors, queries.inverse_norms[query],
+                           constants[query], candidates[member]);
+      }
+      return;
+    }
     const QueryGroup group = {packed_queries + batch.first_query * query_words,
                               piece.members,
                               piece.member_count,
                               candidates,
                               queries.inverse_norms + batch.first_query,
-                              constants == nullptr ? nullptr : constants + batch.first_query};
+                              constants + batch.first_query};
     scan_blocks(selected, piece, rows, worker, blocks.at(worker * rows * words), pack,
                 [&](Block block, const float* inverse_norms) {
                   block.inverse_norms = inverse_norms;
@@ -111,28 +129,31 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   const int64_t words = bits * words_of(codes.codes.bytes / bits);
   const Buffer<uint64_t> packed_queries(queries.codes.rows * words);
   generic::kernels.pack_planes(all_rows(queries.codes), bits, packed_queries.at(0));
+  const std::vector<int32_t> largest(queries.codes.rows, static_cast<int32_t>(bits == 1 ? dim : 9 * dim));
   search_sdc<uint64_t>(
-      queries, codes, selection, k, scores, ids, threads, words, isa.bit_lanes, packed_queries.at(0), words, nullptr,
-      [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
-      [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); });
+      queries, codes, selection, k, scores, ids, threads, words, isa.bit_lanes, packed_queries.at(0), words,
+      largest.data(), [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
+      [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); }, isa.rows,
+      [&](const Rows& some, int64_t query, int32_t* sums) {
+        isa.rows->multiply_planes(some, bits, queries.codes.data + query * queries.codes.stride, sums);
+      });
 }
 
-// The bytes that stand for a query in a search by levels; returns its constant (level_kernels.inl).
-int32_t level_query(const uint8_t* code, int64_t plane_bytes, int64_t dim, int bits, int64_t words, int8_t* bytes) {
-  const uint32_t largest = (1u << bits) - 1;
-  uint32_t sum = 0;
-  for (int64_t index = 0; index < words * 8; ++index) {
-    const int64_t d = dim_of_level(index);
-    int c = 0;
-    for (int plane = 0; plane < bits && d < dim; ++plane) {
-      c = 2 * c + (code[plane * plane_bytes + d / 8] >> (7 - d % 8) & 1);
-    }
-    const int byte = d >= dim ? 0 : bits <= 4 ? 2 * c - static_cast<int>(largest) : c - (1 << (bits - 1));
-    bytes[index] = static_cast<int8_t>(byte);
-    sum += static_cast<uint32_t>(byte);
+// The bytes that stand for a query in a search by levels, [dim + 1] with a zero at the end, and its constant
+// (level_kernels.inl).
+int32_t level_query(const uint8_t* code, int64_t dim, int bits, std::vector<int32_t>& c, int8_t* bytes) {
+  const int32_t largest = (1 << bits) - 1;
+  read_levels(code, bits, dim, c.data());
+  int32_t sum = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const int32_t byte = bits <= 4 ? 2 * c[d] - largest : c[d] - (1 << (bits - 1));
+    bytes[d] = static_cast<int8_t>(byte);
+    sum += byte;
   }
-  if (bits <= 4) return static_cast<int32_t>(-largest * sum);
-  return static_cast<int32_t>(-2 * largest * sum - largest * static_cast<uint32_t>(dim));
+  bytes[dim] = 0;
+  const uint32_t constant = static_cast<uint32_t>(-largest) * static_cast<uint32_t>(sum);
+  if (bits <= 4) return static_cast<int32_t>(constant);
+  return static_cast<int32_t>(2 * constant - static_cast<uint32_t>(largest) * static_cast<uint32_t>(dim));
 }
 
 void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
@@ -140,17 +161,28 @@ void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   const Kernels& isa = kernels.active();
   const int64_t plane_bytes = codes.codes.bytes / bits;
   const int64_t words = level_words(plane_bytes);
-  const Buffer<int8_t> packed_queries(queries.codes.rows * words * 8);
-  const Buffer<int32_t> constants(queries.codes.rows);
+  // With more bits the sum of a code enters its products, which rows do not have beside them.
+  const RowKernels* const row_kernels = bits <= 4 ? isa.rows : nullptr;
+  const LevelOrder order(words * 8, dim, [&](int64_t index) { return isa.dim_of_level(index, bits > 4); });
+  const LevelOrder row_order(row_kernels == nullptr ? 0 : row_level_bytes(plane_bytes), dim,
+                             [&](int64_t index) { return row_kernels->dim_of_level(index, bits); });
+  const Buffer<uint8_t> packed_queries(queries.codes.rows * order.bytes());
+  const Buffer<uint8_t> row_queries(queries.codes.rows * row_order.bytes());
+  std::vector<int32_t> constants(queries.codes.rows), c(plane_bytes * 8);
+  std::vector<int8_t> bytes(dim + 1);
   for (int64_t row = 0; row < queries.codes.rows; ++row) {
-    *constants.at(row) = level_query(queries.codes.data + row * queries.codes.stride, plane_bytes, dim, bits, words,
-                                     packed_queries.at(row * words * 8));
+    constants[row] = level_query(queries.codes.data + row * queries.codes.stride, dim, bits, c, bytes.data());
+    order.apply(bytes.data(), packed_queries.at(row * order.bytes()));
+    row_order.apply(bytes.data(), row_queries.at(row * row_order.bytes()));
   }
   search_sdc<uint32_t>(
       queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits), isa.level_lanes,
-      packed_queries.at(0), words * 8, constants.at(0),
+      packed_queries.at(0), order.bytes(), constants.data(),
       [&](const Rows& some, uint32_t* block) { isa.pack_levels(some, bits, block); },
-      [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); });
+      [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); }, row_kernels,
+      [&](const Rows& some, int64_t query, int32_t* sums) {
+        row_kernels->multiply_levels(some, bits, row_queries.at(query * row_order.bytes()), sums);
+      });
 }
 
 }  // namespace

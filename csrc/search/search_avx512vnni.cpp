@@ -1,4 +1,4 @@
-// AVX-512 with VPOPCNTDQ, VBMI and VNNI.
+// AVX-512 with VPOPCNTDQ, BITALG, VBMI, GFNI and VNNI.
 
 #include <immintrin.h>
 
@@ -9,41 +9,10 @@ namespace fastembed::search::avx512vnni {
 namespace {
 
 #include "search/bit_kernels.inl"
+#include "search/byte_products.inl"
+#include "search/dwords_avx512vnni.inl"
 #include "search/level_kernels.inl"
-
-inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
-
-inline __m512i load_bytes(const uint8_t* p, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, p); }
-
-// Eight rows of eight words become, word by word, the words of all rows.
-inline void transpose(__m512i (&rows)[8]) {
-  __m512i pairs[8], quads[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
-  }
-  for (int half = 0; half < 8; half += 4) {
-    for (int i = 0; i < 2; ++i) {
-      quads[half + i] = _mm512_shuffle_i64x2(pairs[half + i], pairs[half + 2 + i], 0x88);
-      quads[half + 2 + i] = _mm512_shuffle_i64x2(pairs[half + i], pairs[half + 2 + i], 0xdd);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm512_shuffle_i64x2(quads[i], quads[4 + i], 0x88);
-    rows[4 + i] = _mm512_shuffle_i64x2(quads[i], quads[4 + i], 0xdd);
-  }
-}
-
-// Lanes of float scores larger than the limit; writes the scores only if there are any.
-inline uint32_t scores_above(__m256 dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
-                             float limit, float* score) {
-  const auto lanes = static_cast<__mmask8>(first_bytes(count));
-  const __m256 code = _mm256_maskz_loadu_ps(lanes, inverse_norms);
-  const __m256 scores = _mm256_mul_ps(_mm256_mul_ps(dots, code), _mm256_set1_ps(query_inverse_norm));
-  const uint32_t above = _mm256_mask_cmp_ps_mask(lanes, scores, _mm256_set1_ps(limit), _CMP_GT_OQ);
-  if (__builtin_expect(above != 0, 0)) _mm256_storeu_ps(score, scores);
-  return above;
-}
+#include "search/planes_avx512vnni.inl"
 
 struct Word512 {
   using Word = __m512i;
@@ -93,79 +62,12 @@ struct Word512 {
     count_added(candidates, __builtin_popcount(below));
   }
 
-  static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t count,
-                               float query_inverse_norm, float limit, float* score) {
-    const __m512i dots = _mm512_sub_epi64(_mm512_set1_epi64(largest), _mm512_add_epi64(sum, sum));
-    return avx512vnni::scores_above(_mm512_cvtepi64_ps(dots), inverse_norms, count, query_inverse_norm, limit, score);
-  }
+  // In the low half.
+  static Dwords::Word to_dwords(Word a) { return _mm512_zextsi256_si512(_mm512_cvtepi64_epi32(a)); }
 };
 
-struct Dwords512 {
-  using Word = __m512i;
-  static constexpr int64_t lanes = 16;
-  static constexpr int64_t query_group = 8;
-
-  static Word zero() { return _mm512_setzero_si512(); }
-  static Word load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  static void store(uint32_t* p, Word a) { _mm512_storeu_si512(p, a); }
-  static Word select(uint32_t which, Word a, Word b) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(which)), a, b, 0xca);
-  }
-  template <int left>
-  static Word shift(Word a) {
-    return left >= 0 ? _mm512_slli_epi32(a, left) : _mm512_srli_epi32(a, -left);
-  }
-  static Word low_halves(Word a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-  static Word high_halves(Word a) { return low_halves(_mm512_srli_epi32(a, 4)); }
-
-  // Up to 64 bytes of 16 rows: transposed by 64-bit words eight rows at a time, then the halves of the words parted.
-  static void gather(const uint8_t* row, int64_t stride, int64_t rows, int64_t bytes, uint32_t* block) {
-    const __mmask64 mask = first_bytes(bytes);
-    __m512i words[2][8];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const int64_t r = 8 * half + i;
-        words[half][i] = r < rows ? load_bytes(row + r * stride, mask) : _mm512_setzero_si512();
-      }
-      transpose(words[half]);
-    }
-    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      _mm512_storeu_si512(block + 2 * i * lanes, _mm512_permutex2var_epi32(words[0][i], even, words[1][i]));
-      _mm512_storeu_si512(block + (2 * i + 1) * lanes, _mm512_permutex2var_epi32(words[0][i], odd, words[1][i]));
-    }
-  }
-
-  static Word four_bytes(const int8_t* query) {
-    int32_t bytes;
-    __builtin_memcpy(&bytes, query, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-  }
-  static Word add_dot(Word sums, Word codes, Word query) { return _mm512_dpbusd_epi32(sums, codes, query); }
-  static Word add_dot_wide(Word sums, Word codes, Word query) { return add_dot(sums, codes, query); }
-  static Word add(Word a, Word b) { return _mm512_add_epi32(a, b); }
-  static Word intersect(Word a, Word b) { return _mm512_and_si512(a, b); }
-  // Whether a lane is 0 or more.
-  static bool any_positive(Word a) { return _mm512_movepi32_mask(a) != 0xffff; }
-  static Word splat(int32_t a) { return _mm512_set1_epi32(a); }
-  static uint32_t scores_above(Word dots, const float* inverse_norms, int64_t count, float query_inverse_norm,
-                               float limit, float* score) {
-    const auto lane_mask = static_cast<__mmask16>(first_bytes(count));
-    const __m512 code = _mm512_maskz_loadu_ps(lane_mask, inverse_norms);
-    const __m512 query = _mm512_set1_ps(query_inverse_norm);
-    const __m512 scores = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), code), query);
-    const uint32_t above = _mm512_mask_cmp_ps_mask(lane_mask, scores, _mm512_set1_ps(limit), _CMP_GT_OQ);
-    if (__builtin_expect(above != 0, 0)) _mm512_storeu_ps(score, scores);
-    return above;
-  }
-};
-
-using Bits = BitKernels<Word512>;
-using Levels = LevelKernels<Dwords512>;
+using Bits = BitKernels<Word512, Dwords>;
+using Levels = LevelKernels<Dwords>;
 
 // One query against rows as they lie, eight rows at a time. The popcounts of a row, at most 64 for each of up to three
 // words, fit a byte per 64-bit lane: shifted by a byte per row they merge into one register, which vpermb turns so that
@@ -186,12 +88,7 @@ inline __m512i distances_of_eight(const uint8_t* row, int64_t stride, int64_t ro
     }
     merged = _mm512_or_si512(merged, _mm512_slli_epi64(counts, 8 * i));
   }
-  // Byte `lane` of the result's lane `row` is byte `row` of lane `lane`.
-  constexpr int64_t each = 0x0101010101010101;
-  const __m512i turn =
-      _mm512_add_epi8(_mm512_set1_epi64(0x3830282018100800),
-                      _mm512_set_epi64(7 * each, 6 * each, 5 * each, 4 * each, 3 * each, 2 * each, each, 0));
-  return _mm512_sad_epu8(_mm512_permutexvar_epi8(turn, merged), _mm512_setzero_si512());
+  return _mm512_sad_epu8(transpose_bytes(merged), _mm512_setzero_si512());
 }
 
 // Any width: rows one after the other, so that memory is read in one stream, and their sums added up together.
@@ -253,8 +150,8 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 }  // namespace
 
 const Kernels kernels = {
-    Bits::lanes,       Levels::lanes,     scan_rows,           Bits::pack_hamming,  Bits::scan_hamming,
-    Bits::pack_planes, Bits::scan_planes, Levels::pack_levels, Levels::scan_levels,
+    Bits::lanes,       Levels::lanes, scan_rows,    Bits::pack_hamming,  Bits::scan_hamming, Bits::pack_planes,
+    Bits::scan_planes, pack_levels,   dim_of_level, Levels::scan_levels, &row_kernels,
 };
 
 }  // namespace fastembed::search::avx512vnni

@@ -5,7 +5,10 @@ namespace fastembed::search::generic {
 namespace {
 
 #include "search/bit_kernels.inl"
+#include "search/byte_products.inl"
+#include "search/dwords_generic.inl"
 #include "search/level_kernels.inl"
+#include "search/level_packing.inl"
 
 // Up to 8 bytes, the rest zero.
 inline uint64_t load_word(const uint8_t* bytes, int64_t count) {
@@ -53,61 +56,26 @@ struct Word64 {
     add_candidate(candidates, static_cast<uint32_t>(count), id);
   }
 
-  static uint32_t scores_above(int64_t largest, Word sum, const float* inverse_norms, int64_t, float query_inverse_norm,
-                               float limit, float* score) {
-    const auto dot = static_cast<int32_t>(largest - 2 * static_cast<int64_t>(sum));
-    *score = static_cast<float>(dot) * *inverse_norms * query_inverse_norm;
-    return *score > limit;
-  }
+  static Dwords::Word to_dwords(Word a) { return static_cast<uint32_t>(a); }
 };
 
-struct Word32 {
-  using Word = uint32_t;
-  static constexpr int64_t lanes = 1;
-  static constexpr int64_t query_group = 4;
-
-  static Word zero() { return 0; }
-  static Word load(const uint32_t* p) { return *p; }
-  static void store(uint32_t* p, Word a) { *p = a; }
+struct Planes : Dwords {
   static Word select(uint32_t which, Word a, Word b) { return (which & a) | (~which & b); }
   template <int left>
   static Word shift(Word a) {
     return left >= 0 ? a << (left & 31) : a >> (-left & 31);
   }
-  static Word low_halves(Word a) { return a & 0x0f0f0f0f; }
-  static Word high_halves(Word a) { return a >> 4 & 0x0f0f0f0f; }
 
   static void gather(const uint8_t* row, int64_t, int64_t, int64_t bytes, uint32_t* block) {
     for (int64_t done = 0; done < bytes; done += 4) {
       *block++ = static_cast<uint32_t>(load_word(row + done, bytes - done < 4 ? bytes - done : 4));
     }
   }
-  static Word four_bytes(const int8_t* query) {
-    uint32_t bytes;
-    __builtin_memcpy(&bytes, query, sizeof bytes);
-    return bytes;
-  }
-  static Word add_dot(Word sum, Word codes, Word query) {
-    int32_t dot = 0;
-    for (int i = 0; i < 4; ++i) {
-      dot += static_cast<int32_t>(codes >> (8 * i) & 255) * static_cast<int8_t>(query >> (8 * i));
-    }
-    return sum + static_cast<uint32_t>(dot);
-  }
-  static Word add_dot_wide(Word sum, Word codes, Word query) { return add_dot(sum, codes, query); }
-  static Word add(Word a, Word b) { return a + b; }
-  static Word intersect(Word a, Word b) { return a & b; }
-  static bool any_positive(Word a) { return static_cast<int32_t>(a) >= 0; }
-  static Word splat(int32_t a) { return static_cast<uint32_t>(a); }
-  static uint32_t scores_above(Word dot, const float* inverse_norms, int64_t, float query_inverse_norm, float limit,
-                               float* score) {
-    *score = static_cast<float>(static_cast<int32_t>(dot)) * *inverse_norms * query_inverse_norm;
-    return *score > limit;
-  }
 };
 
-using Bits = BitKernels<Word64>;
-using Levels = LevelKernels<Word32>;
+using Bits = BitKernels<Word64, Dwords>;
+using Levels = LevelKernels<Dwords>;
+using Packing = LevelPacking<Planes>;
 
 void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
   const int64_t whole = codes.bytes / 8 * 8;
@@ -126,8 +94,9 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 }  // namespace
 
 const Kernels kernels = {
-    Bits::lanes,       Levels::lanes,     scan_rows,           Bits::pack_hamming,  Bits::scan_hamming,
-    Bits::pack_planes, Bits::scan_planes, Levels::pack_levels, Levels::scan_levels,
+    Bits::lanes,           Levels::lanes,       scan_rows,         Bits::pack_hamming,
+    Bits::scan_hamming,    Bits::pack_planes,   Bits::scan_planes, Packing::pack_levels,
+    Packing::dim_of_level, Levels::scan_levels, nullptr,
 };
 
 }  // namespace fastembed::search::generic

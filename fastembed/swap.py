@@ -2,8 +2,9 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from .integrations import surgery
 from .integrations.activations import epilogue_of, find_epilogues
 from .integrations.attention_heads import AttentionHead, find_attention_heads
 from .nn import QuantLinear
-from .quantization.calibration import Calibration, prepare
+from .quantization.calibration import prepare
 from .quantization.config import QuantConfig
-from .quantization.importance import hessians
 from .quantization.layers import Layers, Linear, find_layers
-from .quantization.planning import assign_bits
-from .quantization.quantizers import QUANTIZERS
+from .quantization.planning import assign_bits, hessians_for
 from .report import SwapReport, SwapRow
 
 
@@ -110,7 +109,7 @@ def quantize(
     group_size: int = 64,
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
-    activations: str = "int8",
+    activations: str | Mapping[str, str] = "int8",
     skip: Sequence[str] = (),
     levels: Sequence[int] | None = None,
     granularity: str = "block",
@@ -210,18 +209,26 @@ class _Plan:
 
     keep_originals: bool
     steps: list[Callable[[], None]] = field(default_factory=list)
+    undoing: list[Callable[[], object]] = field(default_factory=list)
     rows: list[SwapRow] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def replace(self, parent: nn.Module, name: str, replacement: nn.Module) -> None:
+        self.undoing.append(partial(parent._modules.__setitem__, name, parent._modules[name]))
         self.steps.append(lambda: surgery.replace_child(parent, name, replacement, keep=self.keep_originals))
 
     def override(self, module: nn.Module, name: str, function: Callable[..., Any], *bound: Any) -> None:
+        self.undoing.append(partial(module.__dict__.pop, name, None))
         self.steps.append(lambda: surgery.override_method(module, name, function, *bound))
 
     def carry_out(self) -> None:
-        for step in self.steps:
-            step()
+        try:
+            for step in self.steps:
+                step()
+        except BaseException:  # KeyboardInterrupt above all
+            for undo in self.undoing:
+                undo()
+            raise
 
 
 @dataclass(frozen=True)
@@ -251,6 +258,7 @@ def _plan_linears(
         of_weight = quantised[id(linear.tied_to or linear)]
         # A shallow copy shares the dict of tensors, so that tied layers stay tied through .to().
         layer = copy.copy(of_weight.layer) if tied else of_weight.layer
+        layer.activations = config.activations_of(linear.name)
         module = linear.module
         epilogue = None
         if len(linear.places) == 1 and len(layers.owners[id(module.weight)]) == 1:
@@ -287,7 +295,7 @@ def _quantise(
         _require_finite(linear)
     calibration = prepare(model, data, tokenizer) if config.calibrates else None
     assigned = assign_bits(model, layers, config, calibration, progress)
-    inputs = _hessians(layers, config, calibration)
+    inputs = hessians_for(layers, config, calibration)
     quantised = {}
     steps = zip(layers.weights, assigned, inputs, strict=True)
     for linear, level, hessian in tqdm(
@@ -296,25 +304,13 @@ def _quantise(
         module = linear.module
         try:
             with torch.no_grad():
-                codes = QUANTIZERS[config.quantizer](
-                    module.weight, level.bits, config.group_size, config.symmetric, config.scale_dtype, hessian
-                )
+                codes = config.quantise(module.weight, level.bits, hessian)
                 bias = None if module.bias is None else module.bias.detach().clone()
-            layer = QuantLinear.from_codes(
-                *codes, bias, bits=level.bits, group_size=config.group_size, activations=config.activations
-            )
+            layer = QuantLinear.from_codes(*codes, bias, bits=level.bits, group_size=config.group_size)
         except ValueError as error:
             raise _refused(linear, error) from error
         quantised[id(linear)] = _Quantised(layer, _relative_error(layer, module.weight.detach()), level.score)
     return quantised
-
-
-def _hessians(layers: Layers, config: QuantConfig, calibration: Calibration | None) -> Iterator[Tensor | None]:
-    """What the quantiser needs to know of the inputs of every weight."""
-    if config.quantizer != "gptq":
-        return iter([None] * len(layers.weights))
-    assert calibration is not None
-    return hessians(calibration, [[linear.module for linear in layers.of_weight(first)] for first in layers.weights])
 
 
 def _require_finite(linear: Linear) -> None:

@@ -158,9 +158,9 @@ def test_measured_errors_of_many_levels_are_those_of_each() -> None:
 
     for shape in ((4, 20), (4, 9, 20)):
         data = calibration.prepare(model, [torch.randn(shape) for _ in range(2)])
-        together = importance.measured_errors(data, layers, range(1, 9), rounded)
+        together = importance.measured_errors(data, layers, range(1, 9), itertools.repeat(rounded))
         for bits in range(1, 9):
-            alone = importance.measured_errors(data, layers, [bits], rounded)
+            alone = importance.measured_errors(data, layers, [bits], itertools.repeat(rounded))
             assert [error[bits] for error in alone] == pytest.approx([error[bits] for error in together], rel=1e-4)
 
 

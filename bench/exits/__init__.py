@@ -8,6 +8,7 @@ embeddings of every layer and of several prefixes, before the training and after
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class Row:
 
 
 def depth_of(model: SentenceTransformer) -> int:
-    return model[0].auto_model.config.num_hidden_layers
+    encoder: Any = model[0].auto_model
+    return int(encoder.config.num_hidden_layers)
 
 
 def fine_tune(model: SentenceTransformer, pairs: Sequence[Pair], epochs: int, seed: int) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .quantizers import QUANTIZERS
+from .quantizers import QUANTIZERS, Hessian, Quantized
 
 IMPORTANCE = ("measured", "lim", "zd")
 GRANULARITIES = ("block", "linear")
@@ -17,13 +19,13 @@ GRANULARITIES = ("block", "linear")
 class QuantConfig:
     """How `fastembed.swap` and `fastembed.quantize` quantise the linear layers of a model.
 
-    A pattern (of `bits`, `importance` and `skip`) is shell-style over module names. It fits a layer when it fits a run
-    of whole components of its name: "pooler" and "encoder.layer.0" mean everything inside, "output.dense" and
-    "layer.*.attention" those layers of every block.
+    A pattern (of `bits`, `importance`, `activations` and `skip`) is shell-style over module names. It fits a layer when
+    it fits a run of whole components of its name: "pooler" and "encoder.layer.0" mean everything inside, "output.dense"
+    and "layer.*.attention" those layers of every block. Of several patterns that fit a layer the last one counts.
 
     Args:
-        bits: of every layer; or {pattern: bits}, where of several patterns that fit a layer the last one counts, and
-            layers that none fits stay as they are. None with `avg_bits`.
+        bits: of every layer; or {pattern: bits}, where layers that no pattern fits stay as they are. None with
+            `avg_bits`.
         avg_bits: bits per weight on average over the quantised layers, with everything that is stored for a weight
             counted: codes, scales, zero points and padding. Layers get different bit-levels, by their importance.
         importance: what decides, with `avg_bits`. "measured": how far the model's output moves when a layer is
@@ -36,7 +38,8 @@ class QuantConfig:
             neighbouring ones between which the average lies.
         quantizer: "rtn" (round-to-nearest), "mse" (the same, within the range of each group that errs least), "hqq"
             (half-quadratic zero points) or "gptq" (calibrated).
-        group_size, symmetric, activations, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
+        group_size, symmetric, scale_dtype: as `fastembed.nn.QuantLinear` takes them.
+        activations: of every layer, "int8" or "float"; or {pattern: mode}, "int8" where no pattern fits.
         skip: patterns of layers to leave as they are.
 
     Raises:
@@ -47,7 +50,7 @@ class QuantConfig:
     bits: int | Mapping[str, int] | None = None
     group_size: int = 64
     symmetric: bool = False
-    activations: str = "int8"
+    activations: str | Mapping[str, str] = "int8"
     scale_dtype: torch.dtype = torch.float16
     skip: Sequence[str] = ()
     avg_bits: float | None = None
@@ -75,6 +78,8 @@ class QuantConfig:
             keep("bits", _FrozenMapping(self.bits))
         if self.avg_bits is not None and not (isinstance(self.avg_bits, int | float) and 0 < self.avg_bits < 64):
             raise ValueError(f"avg_bits must be a positive number of bits per weight, got {self.avg_bits!r}")
+        if isinstance(self.activations, Mapping):
+            keep("activations", _FrozenMapping(self.activations))
         if isinstance(self.importance, Mapping):
             keep("importance", _FrozenMapping(self.importance))
         elif self.importance not in IMPORTANCE:
@@ -93,14 +98,15 @@ class QuantConfig:
                 raise ValueError(f"levels must be two unless importance is 'measured', got {list(self.levels)}")
         # The layer owns the rules for what it can be; an empty one applies them.
         chosen = self.bits.values() if isinstance(self.bits, Mapping) else [8 if self.bits is None else self.bits]
-        for bits in (*chosen, *(self.levels or ())):
+        modes = self.activations.values() if isinstance(self.activations, Mapping) else [self.activations]
+        for bits, activations in product((*chosen, *(self.levels or ())), modes):
             QuantLinear(
                 1,
                 1,
                 bits=bits,
                 group_size=self.group_size,
                 symmetric=self.symmetric,
-                activations=self.activations,
+                activations=activations,
                 scale_dtype=self.scale_dtype,
                 device="meta",
             )
@@ -118,6 +124,29 @@ class QuantConfig:
     def skips(self, name: str) -> bool:
         """Whether a pattern of `skip` fits the module name."""
         return any(fits(pattern, name) for pattern in self.skip)
+
+    def quantise(self, weight: Tensor, bits: int, hessian: Hessian | None) -> Quantized:
+        """A weight quantised to a level; `hessian` is what "gptq" needs to know of its inputs."""
+        quantizer = QUANTIZERS[self.quantizer]
+        return quantizer(weight, bits, self.group_size, self.symmetric, self.scale_dtype, hessian)
+
+    def bits_of(self, name: str) -> int | None:
+        """What `bits` says about a layer; None where no pattern fits."""
+        return self._said_of(name, self.bits, None)
+
+    def activations_of(self, name: str) -> str:
+        """What `activations` says about a layer."""
+        return self._said_of(name, self.activations, "int8")
+
+    def importance_of(self, name: str) -> float:
+        """The score of a layer, where `importance` has scores."""
+        return float(self._said_of(name, self.importance, 0.0))
+
+    @staticmethod
+    def _said_of(name: str, setting: Any, otherwise: Any) -> Any:
+        if not isinstance(setting, Mapping):
+            return setting
+        return next((value for pattern, value in reversed(list(setting.items())) if fits(pattern, name)), otherwise)
 
 
 def fits(pattern: str, name: str) -> bool:

@@ -7,6 +7,8 @@ Hessian ("activation order"), with every group's scale fixed beforehand, so that
 layer's own order.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,33 @@ _BLOCK = 128
 _DAMPING = 0.01
 
 
+@dataclass(frozen=True)
+class InverseHessian:
+    """What GPTQ needs to know of a layer's inputs; made once, it serves any number of bit-levels and rows.
+
+    Attributes:
+        order: input features, the most active first.
+        factor: the upper Cholesky factor of the inverse of the damped Hessian, in this order.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> "InverseHessian":
+        """Of the sum (or any multiple) of x x^T over inputs x, [in_features, in_features].
+
+        Raises:
+            ValueError: it is not square, not finite, or not positive semi-definite.
+        """
+        if hessian.dim() != 2 or len(hessian) != hessian.shape[1]:
+            raise ValueError(f"hessian must be a square matrix, got shape {list(hessian.shape)}")
+        if not bool(hessian.isfinite().all()):
+            raise ValueError("hessian must be finite, got NaN or infinite entries: the calibration inputs are not")
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return cls(order, _inverse_factor(hessian[order][:, order].float()))
+
+
 def quantize_gptq(
     weight: Tensor,
     bits: int,
@@ -25,13 +54,14 @@ def quantize_gptq(
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
     *,
-    hessian: Tensor,
+    hessian: Tensor | InverseHessian,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantise a weight matrix so that its products with the calibration inputs change least.
 
     Args:
         weight, bits, group_size, symmetric, scale_dtype: as `quantize_rtn`. `quantize_mse` fixes scales and zeros.
-        hessian: float32 [in_features, in_features], the sum (or any multiple) of x x^T over calibration inputs x.
+        hessian: float32 [in_features, in_features], the sum (or any multiple) of x x^T over calibration inputs x; or
+            what `InverseHessian.of` makes of it.
 
     Returns:
         As `quantize_rtn`.
@@ -41,14 +71,12 @@ def quantize_gptq(
     """
     _, scales, zeros = quantize_mse(weight, bits, group_size, symmetric, scale_dtype)
     rows, columns = weight.shape
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"hessian must have shape {[columns, columns]}, got {list(hessian.shape)}")
-    if not bool(hessian.isfinite().all()):
-        raise ValueError("hessian must be finite, got NaN or infinite entries: the calibration inputs are not")
+    inverse = hessian if isinstance(hessian, InverseHessian) else InverseHessian.of(hessian)
+    order, factor = inverse.order, inverse.factor
+    if len(order) != columns:
+        raise ValueError(f"hessian must have shape {[columns, columns]}, got {2 * [len(order)]}")
     size = whole_row(columns) if group_size == -1 else group_size
     top = (1 << bits) - 1
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order].float())
     # Features are rows here: each is read and written as a whole.
     free = weight.detach().float().T[order].contiguous()
     steps = torch.where(scales == 0, 1.0, scales.float()).T.contiguous()

@@ -1,6 +1,6 @@
 """How much each linear layer, or transformer block, matters: LIM, ZD, and the measured effect of every bit-level."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ _SEED = 0
 # Inputs and gradients that are held at once; more layers than fit take several passes over the calibration data.
 _KEPT_BYTES = 1 << 30
 # Weights whose errors at all levels are held at once.
-_SLICE = 1 << 20
+_SLICE = 1 << 21
 
 
 def layer_input_modification(calibration: Calibration, blocks: Sequence[nn.Module]) -> list[float]:
@@ -65,7 +65,7 @@ def measured_errors(
     calibration: Calibration,
     layers: Sequence[Sequence[nn.Linear]],
     levels: Sequence[int],
-    dequantized: Callable[[Tensor, int], Tensor],
+    dequantized: Iterable[Callable[[Tensor, int], Tensor]],
     progress: bool = False,
 ) -> list[dict[int, float]]:
     """How far the embeddings move when one layer alone is quantised, for every layer and bit-level.
@@ -81,7 +81,7 @@ def measured_errors(
         calibration: model and data.
         layers: for every weight, the layers that have it.
         levels: bit-levels.
-        dequantized: (rows of a weight, bits) -> what they stand for when they are quantised.
+        dequantized: for every weight, (rows of it, bits) -> what they stand for when they are quantised.
         progress: show a progress bar.
 
     Returns:
@@ -91,11 +91,13 @@ def measured_errors(
         ValueError: the calibration yields NaN, or no gradient reaches a layer.
     """
     errors: list[dict[int, float]] = []
+    quantisers = iter(dequantized)
     with tqdm(total=len(layers), desc="Measuring layers", unit=" layer", disable=not progress) as bar:
         for chunk in _chunks(calibration, layers):
             kept = _inputs_and_gradients(calibration, [module for group in chunk for module in group])
             for group in chunk:
-                distances = _distances(group[0].weight.detach(), levels, dequantized, [kept[m] for m in group])
+                weight = group[0].weight.detach()
+                distances = _distances(weight, levels, next(quantisers), [kept[m] for m in group])
                 errors.append(dict(zip(levels, distances, strict=True)))
                 bar.update()
     return errors

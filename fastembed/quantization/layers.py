@@ -53,9 +53,13 @@ class Layers:
         """One layer for every weight: the first of those that are tied."""
         return [layer for layer in self.chosen if layer.tied_to is None]
 
-    def of_weight(self, first: Linear) -> list[Linear]:
-        """All layers that have the weight of this one."""
-        return [layer for layer in self.chosen if layer is first or layer.tied_to is first]
+    @property
+    def by_weight(self) -> list[list[nn.Linear]]:
+        """For every weight, all modules that have it."""
+        return [
+            [layer.module for layer in self.chosen if layer is first or layer.tied_to is first]
+            for first in self.weights
+        ]
 
 
 def find_layers(model: nn.Module, config: QuantConfig, inside: Set[nn.Module] = frozenset()) -> Layers:
@@ -68,7 +72,7 @@ def find_layers(model: nn.Module, config: QuantConfig, inside: Set[nn.Module] = 
     for parent, name, path, child in surgery.places(model):
         if isinstance(child, nn.Linear):
             linears.setdefault(id(child), Linear(path, child)).places.append((parent, name))
-    for argument in ("skip", "bits", "importance"):
+    for argument in ("skip", "bits", "importance", "activations"):
         patterns = getattr(config, argument)
         for pattern in patterns if isinstance(patterns, tuple | Mapping) else ():
             if not any(fits(pattern, linear.name) for linear in linears.values()):
@@ -95,12 +99,6 @@ def block_of(name: str) -> str | None:
     return None if found is None else found.group()
 
 
-def bits_of(name: str, bits: Mapping[str, int]) -> int | None:
-    """What {pattern: bits} says about a layer; the last pattern that fits counts."""
-    fitting = [level for pattern, level in bits.items() if fits(pattern, name)]
-    return fitting[-1] if fitting else None
-
-
 def _owners_of_tensors(model: nn.Module) -> dict[int, list[nn.Module]]:
     owners = defaultdict(list)
     for module in model.modules():
@@ -115,7 +113,7 @@ def _why_left(linear: Linear, config: QuantConfig, owners: dict[int, list[nn.Mod
     module = linear.module
     if config.skips(linear.name):
         return "skip"
-    if isinstance(config.bits, Mapping) and bits_of(linear.name, config.bits) is None:
+    if config.avg_bits is None and config.bits_of(linear.name) is None:
         return "no pattern of bits"
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}, not a plain nn.Linear"

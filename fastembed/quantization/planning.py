@@ -1,22 +1,25 @@
 """Which layer gets how many bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from .allocation import Choice, allocate, two_levels
 from .calibration import Calibration
-from .config import QuantConfig, fits
+from .config import QuantConfig
+from .gptq import InverseHessian
 from .importance import (
+    hessians,
     layer_input_modification,
     linear_input_modification,
     measured_errors,
     z_score_share,
 )
-from .layers import Layers, Linear, bits_of, block_of
-from .mse import quantize_mse
-from .rtn import quantize_rtn, stands_for
+from .layers import Layers, Linear, block_of
+from .quantizers import Hessian
+from .rtn import stands_for
 
 ALL_LEVELS = tuple(range(1, 9))
 
@@ -45,11 +48,8 @@ def assign_bits(
     """
     weights = layers.weights
     if config.avg_bits is None:
-        assert config.bits is not None
-        if isinstance(config.bits, Mapping):
-            chosen = [bits_of(layer.name, config.bits) for layer in weights]
-            return [Assigned(bits) for bits in chosen if bits is not None]
-        return [Assigned(config.bits)] * len(weights)
+        chosen = [config.bits_of(layer.name) for layer in weights]
+        return [Assigned(bits) for bits in chosen if bits is not None]
     if config.measures:
         return _best(layers, config, calibration, progress)
     units = _units(weights, config)
@@ -76,6 +76,14 @@ def assign_bits(
     return [assigned[id(layer)] for layer in weights]
 
 
+def hessians_for(layers: Layers, config: QuantConfig, calibration: Calibration | None) -> Iterator[Tensor | None]:
+    """What the quantiser needs to know of the inputs of every weight."""
+    if config.quantizer != "gptq":
+        return iter([None] * len(layers.weights))
+    assert calibration is not None
+    return hessians(calibration, layers.by_weight)
+
+
 def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, progress: bool) -> list[Assigned]:
     """The allocation of least measured error."""
     assert calibration is not None
@@ -88,14 +96,14 @@ def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, 
     if (least := sum(map(min, costs))) > budget:
         raise _too_few_bits(config, least, total, min(levels))
 
-    def rounded(weight: Tensor, bits: int) -> Tensor:
-        # GPTQ and HQQ would take their time once for every level, and are compared by simpler ones.
-        quantise = quantize_mse if config.quantizer in ("mse", "gptq") else quantize_rtn
-        codes = quantise(weight, bits, config.group_size, config.symmetric, config.scale_dtype)
-        return stands_for(*codes, bits, config.group_size)
+    def dequantized(hessian: Hessian | None, weight: Tensor, bits: int) -> Tensor:
+        return stands_for(*config.quantise(weight, bits, hessian), bits, config.group_size)
 
-    modules = [[linear.module for linear in layers.of_weight(layer)] for layer in weights]
-    errors = measured_errors(calibration, modules, levels, rounded, progress)
+    quantisers = (
+        partial(dequantized, None if hessian is None else InverseHessian.of(hessian))
+        for hessian in hessians_for(layers, config, calibration)
+    )
+    errors = measured_errors(calibration, layers.by_weight, levels, quantisers, progress)
     choices = [
         [Choice(level, cost, error[level]) for level, cost in zip(levels, cost_of_layer, strict=True)]
         for cost_of_layer, error in zip(costs, errors, strict=True)
@@ -118,11 +126,7 @@ def _scores(
 ) -> list[float]:
     """Importance of every unit; higher is more."""
     if isinstance(config.importance, Mapping):
-        scores = dict(config.importance)
-        return [
-            next((float(score) for pattern, score in reversed(scores.items()) if fits(pattern, unit[0].name)), 0.0)
-            for unit in units
-        ]
+        return [config.importance_of(unit[0].name) for unit in units]
     if config.importance == "zd":
         return [-z_score_share([layer.module.weight.detach() for layer in unit]) for unit in units]
     assert calibration is not None

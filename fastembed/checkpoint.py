@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._atomic import replacing
 from ._safetensors import open_safetensors, write_safetensors
 from .integrations import surgery
 from .nn import QuantLinear
@@ -20,6 +21,15 @@ FORMAT = "fastembed-quantized"
 VERSION = 1
 _SETTINGS_FILE = "fastembed.json"
 _TENSORS_FILE = "quantized.safetensors"
+# What the settings hold: name, type, and type of the values.
+_ENTRIES: tuple[tuple[str, type, Any], ...] = (
+    ("library", str, None),
+    ("class", str, None),
+    ("layers", dict, dict),
+    ("absorbed", dict, str),
+    ("tied", dict, str),
+    ("pooling", bool, None),
+)
 _building = threading.Lock()
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
@@ -60,7 +70,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tied[name] = other
         else:
             tensors[name] = tensor
-    # The tensors first: a folder without settings is not mistaken for a whole one.
+    # A folder without settings is not mistaken for a whole one, nor old settings for those of new tensors.
+    (folder / _SETTINGS_FILE).unlink(missing_ok=True)
     write_safetensors(folder / _TENSORS_FILE, tensors, {"format": FORMAT, "version": VERSION})
     settings = {
         "format": FORMAT,
@@ -72,7 +83,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "pooling": bool(poolings),
         "tied": tied,
     }
-    (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
+    with replacing(folder / _SETTINGS_FILE) as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -91,21 +103,27 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
-        ValueError: the folder is of a newer version or no such folder at all, its file is damaged, or a tensor is
-            missing, unknown or of the wrong shape or dtype. A `model` that was passed is left as it was.
+        TypeError: `model` is not a module.
+        ValueError: the folder is of a newer version or no such folder at all, a file of it is damaged, `model` has
+            other layers, or a tensor is missing, unknown or of the wrong shape or dtype. A `model` that was passed is
+            left as it was.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
     folder = Path(path)
     settings = _read_settings(folder)
+    layers = {name: _empty_layer(name, entry) for name, entry in settings["layers"].items()}
     tensors = open_safetensors(folder / _TENSORS_FILE)
     if model is None:
         model = _build_skeleton(settings, folder)
-    layers = {name: _empty_layer(entry) for name, entry in settings["layers"].items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := [name for name in (*layers, *settings["absorbed"]) if name not in modules]:
         raise ValueError(f"model must have the layers of the file, but has no {unknown[0]}")
+    for name, layer in layers.items():
+        _check_replaced(name, modules[name], layer)
     tied = settings["tied"]
     _check_tensors(modules, layers, tensors, tied, settings["absorbed"])
-    plan = plan_use(model, layers, settings["absorbed"], settings.get("pooling", False))
+    plan = plan_use(model, layers, settings["absorbed"], settings["pooling"])
     plan.carry_out()
     given: dict[str, Tensor] = {}
     for name, old in list(_tensors_of(model)):
@@ -133,22 +151,43 @@ def _settings_of(layer: QuantLinear) -> dict[str, Any]:
     }
 
 
-def _empty_layer(settings: Mapping[str, Any]) -> QuantLinear:
-    return QuantLinear(**{**settings, "scale_dtype": _DTYPES[settings["scale_dtype"]], "device": "meta"})
+def _empty_layer(name: str, settings: Mapping[str, Any]) -> QuantLinear:
+    try:
+        return QuantLinear(**{**settings, "scale_dtype": _DTYPES[settings["scale_dtype"]], "device": "meta"})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must have the settings of a QuantLinear in {_SETTINGS_FILE}, got {settings}"
+        ) from error
+
+
+def _check_replaced(name: str, module: nn.Module, layer: QuantLinear) -> None:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name} must be an nn.Linear in the model, where the file has one, got {type(module).__name__}"
+        )
+    ours, theirs = (layer.in_features, layer.out_features), (module.in_features, module.out_features)
+    if ours != theirs:
+        raise ValueError(
+            f"{name} must have {ours[0]} in_features and {ours[1]} out_features, got {theirs} in the model"
+        )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
+    """What `fastembed.json` says, once it is known to be of this format and whole."""
+    refusal = f"path must be a folder that fastembed.save_quantized wrote, got {folder}"
     try:
         settings = json.loads((folder / _SETTINGS_FILE).read_text())
-        known = settings["format"] == FORMAT
-        version = settings["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"path must be a folder that fastembed.save_quantized wrote, got {folder}") from error
-    if not known:
-        raise ValueError(f"path must be a folder that fastembed.save_quantized wrote, got {folder}")
-    if version > VERSION:
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(refusal) from error
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT or type(settings.get("version")) is not int:
+        raise ValueError(refusal)
+    if (version := settings["version"]) > VERSION:
         raise ValueError(f"path must have format version {VERSION} or older, got {version}: update fastembed-kernels")
-    return dict(settings)
+    for name, kind, of in _ENTRIES:
+        entry: Any = settings.get(name)
+        if not isinstance(entry, kind) or (of is not None and not all(isinstance(it, of) for it in entry.values())):
+            raise ValueError(f"{refusal}, whose {_SETTINGS_FILE} is damaged at {name!r}")
+    return settings
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 import fastembed
+from fastembed.integrations import surgery
 from fastembed.nn import QuantLinear
 from fastembed.quantization import calibration, importance
 from fastembed.quantization.allocation import Choice, allocate, two_levels
@@ -147,6 +148,16 @@ def test_measured_errors_predict_what_quantising_does(
         assert row.score == pytest.approx(actual, rel=0.3)
 
 
+def test_levels_are_compared_by_the_quantiser_in_use(model: SentenceTransformer) -> None:
+    errors = {}
+    for quantizer in ("mse", "gptq"):
+        report = quantized(
+            copy.deepcopy(model), avg_bits=9, levels=[3], quantizer=quantizer, calibration=tiny_models.texts(30)
+        )
+        errors[quantizer] = sum(row.score for row in report.rows if row.score is not None)
+    assert errors["gptq"] < 0.8 * errors["mse"]
+
+
 def test_measured_errors_of_many_levels_are_those_of_each() -> None:
     """Many levels share the gradient in the weight; one by one, tokens are multiplied."""
     torch.manual_seed(0)
@@ -223,6 +234,14 @@ def test_bits_by_pattern(model: SentenceTransformer) -> None:
     assert {row.name: row.level for row in report.rows}["0.model.encoder.layer.1.attention.self.query"] == 3
     assert {row.name: row.level for row in report.rows}["0.model.encoder.layer.1.attention.output.dense"] == 2
     assert report.left["0.model.pooler.dense"] == "no pattern of bits"
+
+
+def test_activations_by_pattern(model: SentenceTransformer) -> None:
+    quantized(model, bits=8, activations={"self.*": "float", "key": "int8"})
+    modes = {name: module.activations for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert {name for name, mode in modes.items() if mode == "float"} == {
+        f"0.model.encoder.layer.{layer}.attention.self.{name}" for layer in range(2) for name in ("query", "value")
+    }
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "mse", "hqq", "gptq"])
@@ -312,6 +331,26 @@ def test_interrupted_or_failed_the_model_is_as_it_was(
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("keep_originals", [False, True])
+@pytest.mark.parametrize("replaced", range(0, 14, 3))
+def test_an_interrupted_exchange_is_undone(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, replaced: int, keep_originals: bool
+) -> None:
+    before = {name: id(module) for name, module in model.named_modules()}
+    calls, replace = itertools.count(), surgery.replace_child
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == replaced:
+            raise _Stop
+        replace(*args, **kwargs)
+
+    monkeypatch.setattr(surgery, "replace_child", interrupt)
+    with pytest.raises(_Stop):
+        quantized(model, bits=4, keep_originals=keep_originals)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not surgery.is_changed(model)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
@@ -326,6 +365,16 @@ def test_interrupted_or_failed_the_model_is_as_it_was(
         ({"avg_bits": 4, "granularity": "head"}, ValueError, "granularity must be 'block' or 'linear'"),
         ({"avg_bits": 4, "levels": (0, 4)}, ValueError, "bits must be 1 to 8, got 0"),
         ({"avg_bits": 4, "levels": (2, 3, 4), "importance": "lim"}, ValueError, "levels must be two unless"),
+        ({"avg_bits": 4, "levels": 4}, TypeError, "levels must be a list of bit-levels, got 4"),
+        ({"avg_bits": 4, "importance": {"0": "x"}}, ValueError, "importance must have finite numbers as scores"),
+        ({"bits": True}, ValueError, "bits must be 1 to 8, got True"),
+        ({"activations": {"pooler": "int4"}}, ValueError, "activations must be 'int8' or 'float', got 'int4'"),
+        (
+            {"activations": {"no.such": "float"}},
+            ValueError,
+            "activations must fit linear layers .* 'no.such' fits none",
+        ),
+        ({"avg_bits": 4, "calibration": 5}, TypeError, "calibration must be a list of texts or of batches, got int"),
         ({"quantizer": "awq"}, ValueError, "quantizer must be 'rtn', 'mse', 'hqq' or 'gptq', got 'awq'"),
         ({"quantizer": "hqq", "symmetric": True}, ValueError, "symmetric must be False"),
         ({"group_size": 40}, ValueError, "group_size must be a positive multiple of 16, got 40"),
@@ -360,6 +409,17 @@ def test_calibration_that_yields_nan_is_refused(settings: dict[str, Any]) -> Non
     with pytest.raises(ValueError, match="calibration must give finite outputs, got NaN or infinite ones from batch 1"):
         quantized(model, calibration=[torch.randn(4, 64), torch.full((4, 64), float("nan"))], **settings)
     assert linears(model) == modules
+
+
+@pytest.mark.parametrize("importance", ["measured", "lim"])
+def test_batches_without_rows_are_refused(importance: str) -> None:
+    with pytest.raises(ValueError, match="calibration must have rows in every batch, got none in batch 1"):
+        quantized(
+            nn.Sequential(nn.Linear(64, 64)),
+            avg_bits=4,
+            importance=importance,
+            calibration=[torch.randn(4, 64), torch.zeros(0, 64)],
+        )
 
 
 def test_models_that_cannot_tokenise_need_batches() -> None:

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 
 import fastembed
+from fastembed import checkpoint
 from fastembed.nn import QuantLinear
 
 
@@ -180,10 +181,59 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     settings.write_text(json.dumps(newer))
     with pytest.raises(ValueError, match="path must have format version 1 or older, got 2"):
         fastembed.load_quantized(tmp_path, plain())
-    settings.write_text("{}")
-    with pytest.raises(ValueError, match=r"must be a folder that fastembed\.save_quantized wrote"):
-        fastembed.load_quantized(tmp_path, plain())
+    for damaged in (b"{}", b"[1]", b"\xff\xfe", json.dumps(newer | {"version": "1"}).encode()):
+        settings.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"must be a folder that fastembed\.save_quantized wrote"):
+            fastembed.load_quantized(tmp_path, plain())
     settings.unlink()
+    with pytest.raises(FileNotFoundError):
+        fastembed.load_quantized(tmp_path, plain())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers": None}, r"fastembed\.json is damaged at 'layers'"),
+        ({"layers": {"0": 4}}, r"fastembed\.json is damaged at 'layers'"),
+        ({"tied": {"0.codes": 3}}, r"fastembed\.json is damaged at 'tied'"),
+        ({"bits": 12}, r"0 must have the settings of a QuantLinear in fastembed\.json"),
+        ({"colour": 1}, r"0 must have the settings of a QuantLinear in fastembed\.json"),
+        ({"scale_dtype": "int3"}, r"0 must have the settings of a QuantLinear in fastembed\.json"),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    fastembed.save_quantized(quantized(plain(), bits=4), tmp_path)
+    file = tmp_path / "fastembed.json"
+    settings = json.loads(file.read_text())
+    (settings if changes.keys() <= settings.keys() else settings["layers"]["0"]).update(changes)
+    file.write_text(json.dumps(settings))
+    into = plain()
+    modules = [id(module) for module in into.modules()]
+    with pytest.raises(ValueError, match=match):
+        fastembed.load_quantized(tmp_path, into)
+    assert [id(module) for module in into.modules()] == modules
+
+
+def test_models_with_other_layers_are_refused(tmp_path: Path) -> None:
+    fastembed.save_quantized(quantized(nn.Sequential(nn.Linear(64, 32)), bits=4), tmp_path)
+    with pytest.raises(ValueError, match=r"0 must have 64 in_features and 32 out_features, got \(48, 32\)"):
+        fastembed.load_quantized(tmp_path, nn.Sequential(nn.Linear(48, 32)))
+    with pytest.raises(ValueError, match=r"0 must be an nn\.Linear in the model, where the file has one, got Conv1d"):
+        fastembed.load_quantized(tmp_path, nn.Sequential(nn.Conv1d(64, 32, 1)))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or None, got str"):
+        fastembed.load_quantized(tmp_path, "model")  # type: ignore[arg-type]
+
+
+def test_a_save_that_fails_leaves_no_folder_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of an older model are not taken for those of newer tensors."""
+    fastembed.save_quantized(quantized(plain(), bits=4), tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fastembed.save_quantized(quantized(plain(), bits=8), tmp_path)
     with pytest.raises(FileNotFoundError):
         fastembed.load_quantized(tmp_path, plain())
 

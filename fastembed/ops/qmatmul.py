@@ -91,7 +91,7 @@ def whole_row(in_features: int) -> int:
 
 def check_configuration(bits: int, group_size: int, epilogue: str | None, activations: str = "int8") -> None:
     """Raise ValueError for settings that no backend implements."""
-    if bits not in BITS:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"bits must be {BITS.start} to {BITS.stop - 1}, got {bits!r}")
     if not isinstance(group_size, int) or group_size <= 0 or group_size % GROUP_MULTIPLE:
         raise ValueError(f"group_size must be a positive multiple of {GROUP_MULTIPLE}, got {group_size!r}")

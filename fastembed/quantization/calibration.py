@@ -1,6 +1,6 @@
 """Running a model on calibration data while watching its layers, and leaving it as it was."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +34,7 @@ class Calibration:
         """Each batch's (embeddings, mask of its valid tokens or None), in evaluation mode.
 
         Raises:
-            ValueError: an embedding is not finite.
+            ValueError: an embedding is not finite, or a batch has none.
         """
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
@@ -42,6 +42,8 @@ class Calibration:
             for number, batch in enumerate(self.batches):
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
                     output = _embeddings_of(self._call(batch))
+                if not output.numel():
+                    raise ValueError(f"calibration must have rows in every batch, got none in batch {number}")
                 if not bool(output.detach().isfinite().all()):
                     raise ValueError(
                         f"calibration must give finite outputs, got NaN or infinite ones from batch {number}; "
@@ -71,7 +73,7 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
         TypeError: `data` is one text, or no collection.
         ValueError: it is empty, or texts for a model without a tokenizer.
     """
-    if isinstance(data, str | Mapping | Tensor):
+    if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable | None):
         raise TypeError(f"calibration must be a list of texts or of batches, got {type(data).__name__}")
     if data is None:
         if not _is_sentence_transformer(model) and tokenizer is None:

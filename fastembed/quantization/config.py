@@ -1,9 +1,10 @@
 """What to quantise, and how."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
+from math import isfinite
 from typing import Any
 
 import torch
@@ -81,16 +82,20 @@ class QuantConfig:
         if isinstance(self.activations, Mapping):
             keep("activations", _FrozenMapping(self.activations))
         if isinstance(self.importance, Mapping):
+            if not all(isinstance(score, int | float) and isfinite(score) for score in self.importance.values()):
+                raise ValueError(f"importance must have finite numbers as scores, got {dict(self.importance)}")
             keep("importance", _FrozenMapping(self.importance))
         elif self.importance not in IMPORTANCE:
             raise ValueError(f"importance must be {_one_of(IMPORTANCE)} or a mapping, got {self.importance!r}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be {_one_of(GRANULARITIES)}, got {self.granularity!r}")
-        if self.quantizer not in QUANTIZERS:
+        if self.quantizer not in tuple(QUANTIZERS):
             raise ValueError(f"quantizer must be {_one_of(tuple(QUANTIZERS))}, got {self.quantizer!r}")
         if self.quantizer == "hqq" and self.symmetric:
             raise ValueError("quantizer 'hqq' finds zero points: symmetric must be False, got True")
         if self.levels is not None:
+            if isinstance(self.levels, str) or not isinstance(self.levels, Iterable):
+                raise TypeError(f"levels must be a list of bit-levels, got {self.levels!r}")
             keep("levels", tuple(sorted(set(self.levels))))
             if not self.levels:
                 raise ValueError("levels must have at least one bit-level, got none")

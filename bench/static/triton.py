@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from fastembed.triton_kernels import latent, pooling, pooling_backward, qmatmul
+from fastembed.triton_kernels import latent, pooling, pooling_backward, qmatmul, search
 
 from . import KernelResources
 
@@ -61,6 +61,16 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         )
     for bits, rows in itertools.product((3, 8), (1, 512)):
         yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
+    for metric, bits, queries, k in (
+        ("hamming", 1, 1, 10),
+        ("hamming", 1, 64, 100_000),
+        ("sdc", 4, 64, 10),
+        ("sdc", 8, 64, 1000),
+    ):
+        name = f"{metric}, {bits} bits, {queries} queries, k {k}"
+        yield "search", name, lambda case=(metric, bits, queries, k): find(*case)
+    yield "search", "hamming, 1 bits, 64 queries, k 10, filtered", lambda: find("hamming", 1, 64, 10, filtered=True)
+    yield "search", "scalar, 8 bits, 64 queries of 15, k 10", lambda: find("scalar", 8, 64, 10, parts=2)
     for dtype in (torch.bfloat16, torch.float32):
         variant = str(dtype).removeprefix("torch.")
         yield "latent", f"folded, {variant}", lambda dtype=dtype: attend_folded(dtype)
@@ -115,6 +125,23 @@ def qlinear(bits: int, rows: int, group_size: int = 64) -> torch.Tensor:
         zeros = scales.to(torch.uint8)
         bias = torch.empty(out_features, dtype=torch.bfloat16)
     return qmatmul.qlinear(x, codes, scales, zeros, bias, None, bits, group_size, out_features, "gelu")
+
+
+def find(
+    metric: str, bits: int, rows: int, k: int, *, parts: int | None = None, filtered: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A search among a million codes of 1024 dims, on meta tensors."""
+    count, dim = 1_000_000, 1024
+    parts = parts or (2 if metric == "sdc" and bits == 8 else 1)
+    columns = {"hamming": None, "sdc": (), "scalar": (4,)}[metric]
+    with torch.device("meta"):
+        factors = [None if columns is None else torch.empty(size, *columns) for size in (rows, count)]
+        query_parts = torch.empty(rows, parts, dim, dtype=torch.int8)
+        queries = search.Queries(query_parts, torch.empty(rows, parts, dtype=torch.int32), 2, factors[0])
+        mask = torch.empty(count, dtype=torch.uint8) if filtered else None
+        ranges = torch.empty(rows, 16, 2, dtype=torch.int64) if filtered else None
+        data = torch.empty(count, bits * dim // 8, dtype=torch.uint8)
+    return search.find(metric, queries, search.Codes(data, dim // 8, dim, factors[1], mask), bits, ranges, k)
 
 
 def attend_folded(dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ from ..reference import scalar_codes as reference
 from ..reference.scalar_codes import scalar_integers
 from . import _scalar_codes_checks as scalar_checks
 from . import _search_checks as checks
+from . import _search_triton
 from ._registry import Op
 from ._search_cuda import byte_rows
 from ._search_torch import _FILTERS, _KERNEL_DTYPES, _Selection
@@ -95,6 +96,10 @@ scalar_encode = Op(
 scalar_topk = Op(
     "scalar_topk(Tensor queries, Tensor query_factors, int query_bits, Tensor codes, Tensor factors, int bits, "
     f"SymInt dim, SymInt k, {_FILTERS}) -> (Tensor scores, Tensor ids)",
-    implementations={"cpu": _cpu_scalar_topk, "reference": reference.scalar_topk},
+    implementations={
+        "cpu": _cpu_scalar_topk,
+        "triton": _search_triton.scalar_topk,
+        "reference": reference.scalar_topk,
+    },
     fake=_fake_scalar_topk,
 )

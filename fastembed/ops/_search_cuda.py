@@ -13,7 +13,8 @@ from ._cuda import current_stream
 _NO_ID = -1
 # Compute capabilities from which on the compiler imitates one-bit tensor-core products by others.
 _NO_BIT_PRODUCTS = (10, 0)
-_MOST_BITS = 4
+# Of the codes of `sdc_topk`.
+MOST_BITS = 4
 
 
 def hamming_topk(
@@ -44,7 +45,7 @@ def sdc_topk(
 ) -> tuple[Tensor, Tensor]:
     """See `fastembed.sdc_topk`. Codes of more than 4 bits run as their reference."""
     arguments = (queries, query_inverse_norms, codes, inverse_norms, bits, dim, k, mask, ids, ranges)
-    if bits > _MOST_BITS:
+    if bits > MOST_BITS:
         return reference.sdc_topk(*arguments)
     checks.check_sdc_topk(*arguments)
     norms = (query_inverse_norms.contiguous(), inverse_norms.contiguous())

@@ -1,13 +1,16 @@
 """The search ops on tensors: schemas, fakes and backends. The public functions, with their docs, are in `search`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._native import core, num_threads
+from ..backends import forced_backend, unavailable_reason
 from ..reference import search as reference
 from ..reference.search import sdc_levels
 from . import _search_checks as checks
-from . import _search_cuda
+from . import _search_cuda, _search_triton
 from ._registry import Op
 from ._search_cuda import byte_rows
 
@@ -183,6 +186,14 @@ def _fake_sdc_topk(
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
+def _gpu_sdc_topk(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """On CUDA C++; on Triton, if it is there, codes that have more bits than that takes, unless CUDA was asked for."""
+    bits = arguments[4]
+    if bits > _search_cuda.MOST_BITS and forced_backend() is None and unavailable_reason("triton") is None:
+        return _search_triton.sdc_topk(*arguments)
+    return _search_cuda.sdc_topk(*arguments)
+
+
 def _cpu_rescore(queries: Tensor, documents: Tensor, candidate_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores, ids = _fake_rescore(queries, documents, candidate_ids, k)
     checks.check_candidates(candidate_ids, documents.shape[0])
@@ -238,7 +249,12 @@ unpack_bits = Op(
 )
 hamming_topk = Op(
     f"hamming_topk(Tensor queries, Tensor codes, SymInt k, {_FILTERS}) -> (Tensor distances, Tensor ids)",
-    implementations={"cpu": _cpu_hamming_topk, "cuda": _search_cuda.hamming_topk, "reference": reference.hamming_topk},
+    implementations={
+        "cpu": _cpu_hamming_topk,
+        "cuda": _search_cuda.hamming_topk,
+        "triton": _search_triton.hamming_topk,
+        "reference": reference.hamming_topk,
+    },
     fake=_fake_hamming_topk,
 )
 hamming_range = Op(
@@ -255,7 +271,12 @@ sdc_encode = Op(
 sdc_topk = Op(
     "sdc_topk(Tensor queries, Tensor query_inverse_norms, Tensor codes, Tensor inverse_norms, int bits, SymInt dim, "
     f"SymInt k, {_FILTERS}) -> (Tensor scores, Tensor ids)",
-    implementations={"cpu": _cpu_sdc_topk, "cuda": _search_cuda.sdc_topk, "reference": reference.sdc_topk},
+    implementations={
+        "cpu": _cpu_sdc_topk,
+        "cuda": _gpu_sdc_topk,
+        "triton": _search_triton.sdc_topk,
+        "reference": reference.sdc_topk,
+    },
     fake=_fake_sdc_topk,
 )
 rescore = Op(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_cases import assert_equals_reference, encoded, packed, searches
 from torch import Tensor
 
-import fastembed
-from fastembed import SDCCodes, hamming_topk, pack_bits, sdc_encode, sdc_topk
+from fastembed import SDCCodes, hamming_topk, sdc_topk
 from fastembed.ops import _search_cuda
 
 pytestmark = pytest.mark.usefixtures("simulated_cuda")
@@ -25,57 +25,17 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_search_cuda, "_has_bit_products", lambda device: request.param)
 
 
-def vectors(rows: int, dim: int, seed: int) -> Tensor:
-    """Of so few values that many distances are equal."""
-    return torch.randint(-2, 3, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
-
-
-def packed(*arguments: int) -> Tensor:
-    with fastembed.use_backend("reference"):
-        return pack_bits(vectors(*arguments))
-
-
-def encoded(rows: int, dim: int, seed: int, bits: int) -> SDCCodes:
-    with fastembed.use_backend("reference"):
-        return sdc_encode(vectors(rows, dim, seed) + 0.5, bits)
-
-
 def check(search: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    ours = search()
-    with fastembed.use_backend("reference"):
-        expected = search()
-    for our, exact in zip(ours, expected, strict=True):
-        assert our.dtype == exact.dtype
-        assert torch.equal(our, exact)
+    assert_equals_reference(search, "cuda")
 
 
-def filters(draw: st.DrawFn, queries: int, codes: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    chosen: dict[str, Any] = {}
-    kind = draw(st.sampled_from(("none", "mask", "ids")))
-    listed = torch.rand(codes, generator=generator) < draw(st.sampled_from((0.02, 0.5)))
-    if kind == "mask":
-        chosen["mask"] = listed
-    if kind == "ids":
-        chosen["ids"] = listed.nonzero().squeeze(1)
-    if draw(st.booleans()):
-        ends = torch.randint(0, codes + 1, (queries, draw(st.integers(0, 3)), 2), generator=generator)
-        chosen["ranges"] = ends.sort(dim=-1)[0]
-    return chosen
-
-
-@st.composite
-def sizes(draw: st.DrawFn) -> tuple[int, int, int, int, dict[str, Any]]:
-    """Queries, codes, dims, k and filters."""
-    queries = draw(st.sampled_from((1, OPERAND, OPERAND + 1, 33)))
-    codes = draw(st.sampled_from((1, 17, CHUNK, CHUNK + 1, 700)))
-    dim = draw(st.sampled_from((1, 8, 77, 128, 384, 1000)))
-    return queries, codes, dim, draw(st.integers(1, codes)), filters(draw, queries, codes)
+def sizes() -> st.SearchStrategy[tuple[int, int, int, int, dict[str, Tensor]]]:
+    return searches((1, OPERAND, OPERAND + 1, 33), (1, 17, CHUNK, CHUNK + 1, 700))
 
 
 @settings(max_examples=15)
 @given(case=sizes())
-def test_hamming(products: None, case: tuple[int, int, int, int, dict[str, Any]]) -> None:
+def test_hamming(products: None, case: tuple[int, int, int, int, dict[str, Tensor]]) -> None:
     queries, codes, dim, k, chosen = case
     q, c = packed(queries, dim, 0), packed(codes, dim, 1)
     check(lambda: hamming_topk(q, c, k, **chosen))
@@ -83,7 +43,7 @@ def test_hamming(products: None, case: tuple[int, int, int, int, dict[str, Any]]
 
 @settings(max_examples=15)
 @given(case=sizes(), bits=st.sampled_from((1, 2, 3, 4, 8)))
-def test_levels(case: tuple[int, int, int, int, dict[str, Any]], bits: int) -> None:
+def test_levels(case: tuple[int, int, int, int, dict[str, Tensor]], bits: int) -> None:
     queries, codes, dim, k, chosen = case
     q, c = encoded(queries, dim, 0, bits), encoded(codes, dim, 1, bits)
     check(lambda: sdc_topk(q, c, k, **chosen))

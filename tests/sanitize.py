@@ -37,6 +37,7 @@ SUITES = (
     "test_qmatmul",
     "test_quant_linear",
     "test_relative",
+    "test_scalar_codes",
     "test_search",
 )
 

@@ -77,5 +77,5 @@ def check_topk(
         for other in (query_factors, codes, factors):
             if other.device != queries.device:
                 raise ValueError(f"codes must be on the device of the queries, {queries.device}, got {other.device}")
-    checks.check_integer("k", k, 1, codes.shape[0])
+    checks.check_k(k, codes.shape[0])
     checks.check_filters(queries, codes, mask, ids, ranges)

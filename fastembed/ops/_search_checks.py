@@ -55,7 +55,7 @@ def check_unpack_bits(codes: Any, dim: int) -> None:
 
 def check_hamming_topk(queries: Any, codes: Any, k: int, mask: Any, ids: Any, ranges: Any) -> None:
     _check_hamming(queries, codes)
-    check_integer("k", k, 1, codes.shape[0])
+    check_k(k, codes.shape[0])
     check_filters(queries, codes, mask, ids, ranges)
 
 
@@ -159,7 +159,7 @@ def check_sdc_topk(
     check_sdc_codes(codes, code_norms, bits, dim)
     for other in (query_norms, codes, code_norms):
         _check_device(queries, other, "codes")
-    check_integer("k", k, 1, codes.shape[0])
+    check_k(k, codes.shape[0])
     check_filters(queries, codes, mask, ids, ranges)
 
 
@@ -177,7 +177,7 @@ def check_rescore(queries: Any, documents: Any, candidate_ids: Any, k: int) -> N
         raise ValueError(
             f"candidate_ids must have a row for each of the {queries.shape[0]} queries, got {candidate_ids.shape[0]}"
         )
-    check_integer("k", k, 1, candidate_ids.shape[1])
+    check_k(k, candidate_ids.shape[1], "candidates")
 
 
 def check_candidates(candidate_ids: Any, documents: int) -> None:
@@ -239,3 +239,10 @@ def check_integer(name: str, value: Any, smallest: int, largest: int | None = No
     if value < smallest or (largest is not None and value > largest):
         expected = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_k(k: Any, count: int, of: str = "codes") -> None:
+    if count == 0:
+        check_integer("k", k, 1)
+        raise ValueError(f"k must be at most the number of {of}, but there are none")
+    check_integer("k", k, 1, count)

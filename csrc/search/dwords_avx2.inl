@@ -76,3 +76,5 @@ struct Dwords {
     }
   }
 };
+
+#include "search/byte_products.inl"

@@ -107,3 +107,5 @@ struct Dwords {
     add_keys(candidates, which, _mm512_sub_epi32(most, ascending), first_id);
   }
 };
+
+#include "search/byte_products.inl"

@@ -50,3 +50,5 @@ struct Dwords {
     add_candidate(candidates, key_of_score(score), id);
   }
 };
+
+#include "search/byte_products.inl"

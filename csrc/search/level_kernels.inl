@@ -1,5 +1,5 @@
 // SDC with 3 to 8 bits: dot products of bytes, written once over a vector type `V` of 32-bit lanes (dwords_*.inl).
-// Each instruction-set file includes this in an anonymous namespace of its level, after byte_products.inl.
+// Each instruction-set file includes this in an anonymous namespace of its level, after them.
 //
 // The byte dot products of every instruction set want unsigned codes c and signed queries. With m = 2^bits - 1 levels
 // are v = 2 c - m. Up to 4 bits, a query is its levels v', and  v . v' = 2 c . v' - m sum(v').  With more, levels may

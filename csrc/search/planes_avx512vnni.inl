@@ -182,7 +182,8 @@ inline __attribute__((always_inline)) void for_sixteen(const Rows& codes, int32_
   if (row < codes.count) take(codes.count < step ? 0 : codes.count - step, codes.count - 1);
 }
 
-// `fixed` registers hold a plane, or with 0 any number. Differences from the query, weighted as in bit_kernels.inl.
+// `fixed` registers hold a plane, or with 0 any number. Differences from the query, weighted as in
+// popcount_kernels.inl.
 template <int bits, int fixed>
 void multiply_planes_of(const Rows& codes, const uint8_t* query, int32_t* sums) {
   const int64_t plane_bytes = codes.bytes / bits;

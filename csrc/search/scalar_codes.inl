@@ -1,5 +1,5 @@
 // Inner products of scalar codes, written once over a vector type `V` of 32-bit lanes (dwords_*.inl), a code to a lane.
-// Each instruction-set file includes this in an anonymous namespace of its level, after byte_products.inl. Compiled
+// Each instruction-set file includes this in an anonymous namespace of its level, after them. Compiled
 // without contraction (setup.py), so that the score has the same bits at every level.
 //
 // With a code lower + step c, its total = dim lower + step sum(c), and a query lower' + step' s, the estimate is

@@ -6,7 +6,6 @@
 namespace fastembed::search::avx2 {
 namespace {
 
-#include "search/byte_products.inl"
 #include "search/dwords_avx2.inl"
 #include "search/scalar_codes.inl"
 

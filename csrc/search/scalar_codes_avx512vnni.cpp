@@ -6,7 +6,6 @@
 namespace fastembed::search::avx512vnni {
 namespace {
 
-#include "search/byte_products.inl"
 #include "search/dwords_avx512vnni.inl"
 #include "search/scalar_codes.inl"
 

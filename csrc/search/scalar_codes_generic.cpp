@@ -4,7 +4,6 @@
 namespace fastembed::search::generic {
 namespace {
 
-#include "search/byte_products.inl"
 #include "search/dwords_generic.inl"
 #include "search/scalar_codes.inl"
 

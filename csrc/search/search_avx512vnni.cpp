@@ -8,11 +8,10 @@
 namespace fastembed::search::avx512vnni {
 namespace {
 
-#include "search/bit_kernels.inl"
-#include "search/byte_products.inl"
 #include "search/dwords_avx512vnni.inl"
 #include "search/level_kernels.inl"
 #include "search/planes_avx512vnni.inl"
+#include "search/popcount_kernels.inl"
 
 struct Word512 {
   using Word = __m512i;

@@ -4,11 +4,10 @@
 namespace fastembed::search::generic {
 namespace {
 
-#include "search/bit_kernels.inl"
-#include "search/byte_products.inl"
 #include "search/dwords_generic.inl"
 #include "search/level_kernels.inl"
 #include "search/level_packing.inl"
+#include "search/popcount_kernels.inl"
 
 // Up to 8 bytes, the rest zero.
 inline uint64_t load_word(const uint8_t* bytes, int64_t count) {

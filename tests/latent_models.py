@@ -1,5 +1,6 @@
 """NV-Embed checkpoints of any size, with random weights, and the inputs of their folded block."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch.nn import functional as F
 
 from fastembed import use_backend
 from fastembed.nn import LatentAttentionPooling
+from fastembed.ops import _latent_heads, latent
 from fastembed.ops.latent_attention import latent_attention
+from fastembed.reference import latent as reference
 
 
 def nv_embed_weights(
@@ -110,6 +113,53 @@ def assert_learned_queries_take_one_launch(dtype: torch.dtype, monkeypatch: pyte
         assert len(calls) == 1
     assert not ours[3].any()
     assert_close_to_oracle(ours, theirs, oracle)
+
+
+def assert_folded_block_as_good_as_pytorch(
+    lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the backend in use, which is a GPU's: the feed-forward by parts, and with weights in panels."""
+    monkeypatch.setattr(latent, "_HIDDEN_ELEMENTS", 0)
+    monkeypatch.setattr(latent, "_LEAST_HIDDEN", 32)
+    inputs = folded_block(lengths, dtype=dtype)
+    weights = ("score_weight", "value_weight", "hidden_weight")
+    packed = {name: latent.pack_weight(inputs[name], gated=name == "hidden_weight") for name in weights}
+    ours = latent.latent_pool(**inputs)
+    for one, other in zip(latent.latent_pool(**{**inputs, **packed}), ours, strict=True):
+        torch.testing.assert_close(one, other)
+    theirs = reference.latent_pool(**inputs)
+    oracle = reference.latent_pool(**in_double(inputs))
+    for our, their, exact in zip(ours, theirs, oracle, strict=True):
+        assert our.dtype == torch.float32
+        assert_close_to_oracle(our.to(dtype), their.to(dtype), exact)
+
+
+def assert_folded_heads_are_added(
+    attend_folded: Callable[..., Tensor], heads: int, latents: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads one after the other, and each by itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, scores, values = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((33, 20), (heads, latents, 20), (heads, latents, 50))
+    )
+    bias = torch.randn(heads, latents, generator=generator)
+    weights = (x.double() @ scores.double().mT + bias[:, None]).softmax(dim=-1)
+    oracle = (weights @ values.double()).sum(dim=0)
+    for wanted in (1, 1000):
+        monkeypatch.setattr(_latent_heads, "PROGRAMS_WANTED", wanted)
+        error = (attend_folded(x, scores, bias, values).double() - oracle).abs().max()
+        assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * oracle.abs().max()
+
+
+def assert_only_its_sequence_suffers() -> None:
+    """From a token that is infinite, in the folded block by the backend in use."""
+    inputs = folded_block([4, 6, 0, 3])
+    clean = latent.latent_pool(**inputs)
+    inputs["x"][7, 2] = float("inf")
+    for result, expected in zip(latent.latent_pool(**inputs), clean, strict=True):
+        assert result[1].isnan().all()
+        assert torch.equal(result[[0, 2, 3]], expected[[0, 2, 3]])
 
 
 class LatentAttentionModel(nn.Module):

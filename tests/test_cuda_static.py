@@ -46,8 +46,10 @@ def test_products_run_on_tensor_cores_from_asynchronous_copies(table: list[Kerne
 
 
 def test_attention_runs_on_tensor_cores_from_shared_memory(table: list[KernelResources]) -> None:
-    notes = {row.kernel: row.notes for row in table if row.kernel.startswith("latent.")}
-    assert len(notes) == 6
+    """float32 as the sum of three bfloat16."""
+    attention = ("latent.attend_rows", "latent.gradients")
+    notes = {row.kernel: row.notes for row in table if row.kernel.startswith(attention)}
+    assert len(notes) == 9
     for kernel, note in notes.items():
         product = "f16.f16" if "half" in kernel else "bf16.bf16"
         assert re.fullmatch(rf"\d+ cp.async, \d+ ldmatrix, \d+ mma.m16n8k16 {product}", note), (kernel, note)

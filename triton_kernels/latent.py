@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastembed.ops._latent_heads import heads_each
+
 # Said, because Triton's default for contracting a * b + c into one rounding changes between versions.
 COMPILER = {"enable_fp_fusion": True}
 
@@ -41,8 +43,9 @@ FORWARD_FLOAT32 = Blocks(32, 64, 16, 8, 2)
 FOLDED = Blocks(32, 512, 32, 8, 3)
 BACKWARD = Blocks(64, 128, 32, 8, 3)
 BACKWARD_FLOAT32 = Blocks(32, 64, 16, 8, 1)
-# Blocks that a launch should have, where dividing the heads can bring them.
-PROGRAMS_WANTED = 264
+# Hidden features that are gated and averaged together, and their tokens at a time.
+GATED_FEATURES = 64
+GATED_TOKENS = 32
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -140,16 +143,41 @@ def attend_folded(normalized: Tensor, score_weight: Tensor, score_bias: Tensor, 
     tokens, dim = len(normalized), values.shape[2]
     blocks = _blocks(FOLDED if normalized.element_size() == 2 else FORWARD_FLOAT32, tokens, latents)
     # A program may go through its heads one after the other where each is a single block.
-    wanted = triton.cdiv(PROGRAMS_WANTED, triton.cdiv(max(1, tokens), blocks.rows))
-    groups = min(wanted, heads) if latents <= blocks.columns else heads
-    heads_each = triton.cdiv(heads, groups)
-    groups = triton.cdiv(heads, heads_each)
+    each = heads_each(tokens, heads, blocks.rows) if latents <= blocks.columns else 1
+    groups = triton.cdiv(heads, each)
     sums = normalized.new_empty(groups, tokens, dim, dtype=torch.float32)
     lse = normalized.new_empty(1, heads, tokens, dtype=torch.float32)
     query = normalized.expand(1, heads, tokens, -1)
     strides = (0, sums.stride(0), sums.stride(1))
-    _attend(query, score_weight[None], values[None], score_bias, None, sums, strides, lse, 1.0, heads_each, blocks)
+    _attend(query, score_weight[None], values[None], score_bias, None, sums, strides, lse, 1.0, each, blocks)
     return sums.sum(dim=0) if groups > 1 else sums[0]
+
+
+def gated_means(values: Tensor, gates: Tensor, bias: Tensor, gate_bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The means over each sequence of (values + bias) * gelu(gates + gate_bias), float32 [B, C].
+
+    values, gates: [N, C]; bias, gate_bias: float32 [C]; cu_seqlens: int64 [B + 1].
+    """
+    tokens, features = values.shape
+    values, gates, bias, gate_bias, offsets = (x.contiguous() for x in (values, gates, bias, gate_bias, cu_seqlens))
+    means = values.new_empty(len(offsets) - 1, features, dtype=torch.float32)
+    if means.numel() > 0:
+        with torch.cuda.device_of(values):
+            average_gated[len(means), triton.cdiv(features, GATED_FEATURES)](
+                values,
+                gates,
+                bias,
+                gate_bias,
+                offsets,
+                means,
+                tokens,
+                features,
+                TOKENS=GATED_TOKENS,
+                FEATURES=GATED_FEATURES,
+                num_warps=4,
+                **COMPILER,
+            )
+    return means
 
 
 def _attend(
@@ -410,6 +438,40 @@ def gradients(
                 block == first,
                 CHUNK,
             )
+
+
+@triton.jit
+def average_gated(
+    values,
+    gates,
+    bias,
+    gate_bias,
+    offsets,
+    means,
+    tokens,
+    features,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """See `gated_means`. Grid: (sequences, blocks of features)."""
+    sequence = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    within = feature < features
+    begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), 0), tokens)
+    value_bias = tl.load(bias + feature, mask=within, other=0.0)[None, :]
+    other_bias = tl.load(gate_bias + feature, mask=within, other=0.0)[None, :]
+    sums = tl.zeros((TOKENS, FEATURES), tl.float32)
+    for first in range(begin, end, TOKENS):
+        token = first + tl.arange(0, TOKENS).to(tl.int64)
+        wanted = (token < end)[:, None] & within[None, :]
+        spot = token[:, None] * features + feature[None, :]
+        value = tl.load(values + spot, mask=wanted, other=0.0).to(tl.float32) + value_bias
+        gate = tl.load(gates + spot, mask=wanted, other=0.0).to(tl.float32) + other_bias
+        gelu = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        sums += tl.where(wanted, value * gelu, 0.0)
+    mean = tl.sum(sums, axis=0) / tl.maximum(end - begin, 1).to(tl.float32)
+    tl.store(means + sequence * features + feature, mean, mask=within)
 
 
 @triton.jit

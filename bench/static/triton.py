@@ -74,6 +74,7 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float32):
         variant = str(dtype).removeprefix("torch.")
         yield "latent", f"folded, {variant}", lambda dtype=dtype: attend_folded(dtype)
+        yield "latent", f"2048 tokens, {variant}", lambda dtype=dtype: gated_means(dtype)
         yield "latent", f"heads of 4096, {variant}", lambda dtype=dtype: latent_attention(dtype, 2048, 512, 4096)
         yield "latent", f"learned queries, {variant}", lambda dtype=dtype: latent_attention(dtype, 64, 2048, 64, True)
 
@@ -152,6 +153,15 @@ def attend_folded(dtype: torch.dtype) -> torch.Tensor:
         weights = torch.empty(heads, latents, dim, dtype=dtype)
         bias = torch.empty(heads, latents)
     return latent.attend_folded(normalized, weights, bias, weights)
+
+
+def gated_means(dtype: torch.dtype) -> torch.Tensor:
+    """What is left of NV-Embed's feed-forward once the product is made, on meta tensors."""
+    with torch.device("meta"):
+        products = torch.empty(2048, 16384, dtype=dtype)
+        bias = torch.empty(16384)
+        offsets = torch.empty(5, dtype=torch.int64)
+    return latent.gated_means(products, products, bias, bias, offsets)
 
 
 def latent_attention(

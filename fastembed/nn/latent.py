@@ -678,7 +678,8 @@ class LatentAttentionPooling(nn.Module):
         context = _normed(self.latents.double(), layer.norm_kv)
         scores = self.latents.new_empty(heads * latents, self.dim, dtype=low)
         score_bias = self.latents.new_empty(heads * latents, dtype=accumulate)
-        values = self.latents.new_empty(self.dim, heads * latents, dtype=low)
+        # As GPU kernels read it, latent by latent; those of the CPU read panels.
+        values = self.latents.new_empty(heads * latents, self.dim, dtype=low).T
         # In double precision, and a head at a time, so that what is in memory besides stays small.
         for head in range(heads):
             rows = slice(head * self.head_dim, (head + 1) * self.head_dim)

@@ -19,6 +19,9 @@ _library = torch.library.Library("fastembed", "DEF")
 
 Implementation = Callable[..., Any]
 
+# The backends that take a device's tensors, the best first; elsewhere PyTorch runs the reference.
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
 _NEVER_TENSORS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -89,7 +92,7 @@ class Op:
             if dtype not in self._accepts.get(forced, {dtype}):
                 raise TypeError(f"fastembed::{self.name}: backend {forced!r} does not take {dtype}")
             return forced
-        for name in ("cuda", "triton") if device == "cuda" else ("cpu",):
+        for name in _OF_DEVICE.get(device, ()):
             if (
                 name in self._implementations
                 and dtype in self._accepts.get(name, {dtype})

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .._native import core, num_threads
 from ..reference import latent as reference
+from . import _latent_cuda
 from ._registry import Op
 from .pooling import pool_exits
 
@@ -257,7 +258,18 @@ def _cpu(
     return tiles.means(tiles.y_sums), tiles.means(gated_sums)
 
 
-def _triton(
+def _cuda(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _on_gpu(_latent_cuda, x, cu_seqlens, *args)
+
+
+def _triton(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels import latent
+
+    return _on_gpu(latent, x, cu_seqlens, *args)
+
+
+def _on_gpu(
+    kernels: Any,
     x: Tensor,
     cu_seqlens: Tensor,
     score_weight: Tensor,
@@ -268,12 +280,10 @@ def _triton(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The attention and the means in Triton, the feed-forward by PyTorch's own product, some hidden features at a time.
+    """Attention, gates and means by `kernels`, the feed-forward's product by PyTorch, some hidden features at a time.
 
     The values of `cu_seqlens` are not checked, which would wait for the GPU; the kernels clamp them.
     """
-    from ..triton_kernels import latent
-
     args = (score_weight, score_bias, value_weight, hidden_weight, hidden_bias, heads, eps)
     _check(x, cu_seqlens, *args)
     low, dim, hidden = score_weight.dtype, x.shape[1], len(hidden_bias) // 2
@@ -283,13 +293,9 @@ def _triton(
         score_weight = reference.from_panels(score_weight, len(score_bias), dim)
         value_weight = reference.from_panels(value_weight, dim, len(score_bias))
         hidden_weight = reference.from_panels(hidden_weight, 2 * hidden, dim, gated=True)
-
-    def mean(rows: Tensor) -> Tensor:
-        return pool_exits([rows], cu_seqlens=cu_seqlens, normalize=False, dims=[rows.shape[1]])[0][rows.shape[1]]
-
     x = x.float()
     by_head = (heads, len(score_bias) // heads)
-    y = x + latent.attend_folded(
+    y = x + kernels.attend_folded(
         F.layer_norm(x, (dim,), eps=eps).to(low),
         score_weight.unflatten(0, by_head),
         score_bias.view(by_head),
@@ -299,12 +305,12 @@ def _triton(
     columns = max(_LEAST_HIDDEN, _HIDDEN_ELEMENTS // max(1, len(x)))
     gated = []
     for first in range(0, hidden, columns):
-        part = slice(first, min(first + columns, hidden))
-        gates = slice(hidden + first, hidden + part.stop)
-        a = (normalized @ hidden_weight[part].T).float() + hidden_bias[part]
-        b = (normalized @ hidden_weight[gates].T).float() + hidden_bias[gates]
-        gated.append(mean(a * F.gelu(b)))
-    return mean(y), torch.cat(gated, dim=1)
+        values = slice(first, min(first + columns, hidden))
+        gates = slice(hidden + first, hidden + values.stop)
+        products = (normalized @ hidden_weight[part].T for part in (values, gates))
+        gated.append(kernels.gated_means(*products, hidden_bias[values], hidden_bias[gates], cu_seqlens))
+    means = pool_exits([y], cu_seqlens=cu_seqlens, normalize=False, dims=[dim])[0][dim]
+    return means, torch.cat(gated, dim=1)
 
 
 def _fake(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -317,7 +323,7 @@ def _fake(x: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 _latent_pool = Op(
     "latent_pool(Tensor x, Tensor cu_seqlens, Tensor score_weight, Tensor score_bias, Tensor value_weight, "
     "Tensor hidden_weight, Tensor hidden_bias, int heads, float eps) -> (Tensor, Tensor)",
-    implementations={"cpu": _cpu, "triton": _triton, "reference": _reference},
+    implementations={"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference},
     fake=_fake,
-    accepts={"cpu": frozenset(_DTYPE_CODES), "triton": frozenset(_DTYPE_CODES)},
+    accepts={backend: frozenset(_DTYPE_CODES) for backend in ("cpu", "cuda", "triton")},
 )

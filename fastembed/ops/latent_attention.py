@@ -1,19 +1,16 @@
 """Attention between tokens and latents: checks, schema, fake kernel, autograd and backend choice."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _native
 from ..reference import latent as reference
-from ._cuda import current_stream
+from . import _latent_cuda
 from ._registry import Op
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_DTYPE_CODES = {torch.bfloat16: 1, torch.float16: 2}  # those on tensor cores, as csrc/common/dtype.hpp numbers them
 
 
 def latent_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None = None, *, scale: float) -> Tensor:
@@ -96,72 +93,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, s
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     _check(query, key, value, keep)
-    cuda = _native.cuda
-    assert cuda is not None, "the backend is chosen only where it is available"
-    keys, value_features = value.shape[2:]
-    dtype = query.dtype if keys <= cuda.latent_forward_columns else torch.float32
-    out = query.new_zeros(*query.shape[:3], value_features, dtype=dtype)
-    lse = query.new_full(query.shape[:3], math.inf, dtype=torch.float32)
-    if lse.numel() > 0 and keys > 0:
-        query, key, value = map(_aligned, (query, key, value))
-        with current_stream(query.device) as stream:
-            arguments = _arguments(query, key, value, keep, scale)
-            cuda.latent_attention(*arguments, out.data_ptr(), lse.data_ptr(), stream)
-    return out.to(query.dtype), lse
-
-
-def _cuda_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cuda = _native.cuda
-    assert cuda is not None, "the backend is chosen only where it is available"
-    deltas = (grad.float() * out.float()).sum(dim=-1)
-
-    def gradient(of: Tensor, columns: int) -> Tensor:
-        dtype = of.dtype if columns <= cuda.latent_backward_columns else torch.float32
-        return torch.zeros(of.shape, dtype=dtype, device=of.device)
-
-    queries, keys = query.shape[2], key.shape[2]
-    gradients = gradient(query, keys), gradient(key, queries), gradient(value, queries)
-    if lse.numel() > 0 and keys > 0:
-        grad, query, key, value = map(_aligned, (grad, query, key, value))
-        with current_stream(query.device) as stream:
-            cuda.latent_attention_backward(
-                *_arguments(query, key, value, keep, scale),
-                _rows(grad),
-                lse.contiguous().data_ptr(),
-                deltas.data_ptr(),
-                *(result.data_ptr() for result in gradients),
-                stream,
-            )
-    dtype = query.dtype
-    return gradients[0].to(dtype), gradients[1].to(dtype), gradients[2].to(dtype)
-
-
-def _arguments(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Any, ...]:
-    """What every launcher is told of the attention."""
-    sizes = [*query.shape[:3], key.shape[2], query.shape[3], value.shape[3]]
-    kept = [0, 0, 0] if keep is None else [keep.data_ptr(), *keep.stride()]
-    return _DTYPE_CODES[query.dtype], sizes, *map(_rows, (query, key, value)), kept, scale
-
-
-def _rows(x: Tensor) -> list[int]:
-    return [x.data_ptr(), *x.stride()[:3]]
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy whose rows begin at multiples of 16 bytes, as the CUDA kernels read them."""
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3]):
-        return x
-    features = x.shape[3]
-    return x.new_empty(*x.shape[:3], -(-features // 8) * 8)[..., :features].copy_(x)
+    return _latent_cuda.attention(query, key, value, keep, scale)
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -202,7 +134,7 @@ _latent_attention = Op(
     "latent_attention(Tensor query, Tensor key, Tensor value, Tensor? keep, float scale) -> (Tensor, Tensor)",
     implementations={"cuda": _cuda, "triton": _triton, "cpu": _reference, "reference": _reference},
     fake=_fake,
-    accepts={"cuda": frozenset(_DTYPE_CODES), "triton": _DTYPES},
+    accepts={"cuda": _DTYPES, "triton": _DTYPES},
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -210,11 +142,11 @@ _latent_attention_backward = Op(
     "latent_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor out, "
     "Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     implementations={
-        "cuda": _cuda_backward,
+        "cuda": _latent_cuda.attention_backward,
         "triton": _triton_backward,
         "cpu": reference.attention_backward,
         "reference": reference.attention_backward,
     },
     fake=_backward_fake,
-    accepts={"cuda": frozenset(_DTYPE_CODES), "triton": _DTYPES},
+    accepts={"cuda": _DTYPES, "triton": _DTYPES},
 )

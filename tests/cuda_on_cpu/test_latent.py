@@ -4,23 +4,57 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import SIZES, assert_as_good_as_pytorch, make_case
+from attention_cases import SIZES, assert_as_good_as_pytorch, assert_padding_does_not_show, make_case
+from latent_models import (
+    assert_folded_block_as_good_as_pytorch,
+    assert_folded_heads_are_added,
+    assert_learned_queries_take_one_launch,
+    assert_only_its_sequence_suffers,
+    folded_block,
+    in_double,
+    nv_embed_weights,
+)
 
+import fastembed
 from fastembed.nn import LatentAttentionPooling
+from fastembed.ops import _latent_cuda
+from fastembed.ops.latent import latent_pool
 from fastembed.ops.latent_attention import latent_attention
+from fastembed.reference import latent as reference
 
 pytestmark = pytest.mark.usefixtures("simulated_cuda")
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), list(zip(SIZES, (torch.bfloat16, torch.float16) * 2, strict=True)))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_close_to_the_definition_with_gradients(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     """With more keys and queries than a block has columns, and with features that are no multiple of anything."""
     assert_as_good_as_pytorch(make_case(1 + sizes[0] % 2, *sizes, masked=sizes[0] % 2 == 1, dtype=dtype))
 
 
-def test_in_any_order(thread_order: str, copies: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_keys_than_are_gone_through_at_a_time(dtype: torch.dtype) -> None:
+    assert_as_good_as_pytorch(make_case(1, 2, 1100, 8, 8, False, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_any_order(thread_order: str, copies: str, dtype: torch.dtype) -> None:
     """Two chunks of features, and one."""
-    assert_as_good_as_pytorch(make_case(1, 3, 20, 72, 40, False, torch.bfloat16))
+    assert_as_good_as_pytorch(make_case(1, 3, 20, 72, 40, False, dtype))
+
+
+def test_padding_does_not_show() -> None:
+    """With keys that fill more than a block."""
+    assert_padding_does_not_show(make_case(2, 2, 520, 8, 8, False, torch.bfloat16), 7, 513)
+    assert_padding_does_not_show(make_case(2, 2, 70, 8, 8, True, torch.float32), 513, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_learned_queries_take_one_launch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_learned_queries_take_one_launch(dtype, monkeypatch)
 
 
 def test_thread_order_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +71,14 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
     assert all(torch.equal(one[0], all_of_them[1]) for one, all_of_them in zip(alone, together, strict=True))
 
 
-def test_sanitized() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sanitized(dtype: torch.dtype) -> None:
     """Small, for the runs under sanitizers: two chunks of features, tails of everything, and rows nobody keeps."""
-    assert_as_good_as_pytorch(make_case(2, 3, 9, 70, 67, True, torch.bfloat16))
+    assert_as_good_as_pytorch(make_case(2, 3, 9, 70, 67, True, dtype))
+
+
+def test_two_blocks_of_weights_sanitized() -> None:
+    assert_as_good_as_pytorch(make_case(1, 2, 300, 8, 8, False, torch.bfloat16))
 
 
 def test_strides_and_alignments() -> None:
@@ -81,10 +120,55 @@ def test_training_of_the_module() -> None:
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
-def test_float32_has_no_tensor_cores() -> None:
-    x = torch.zeros(1, 1, 2, 8)
-    with pytest.raises(TypeError, match=r"latent_attention: backend 'cuda' does not take torch.float32"):
+def test_double_precision_has_no_kernel() -> None:
+    x = torch.zeros(1, 1, 2, 8, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"latent_attention: backend 'cuda' does not take torch.float64"):
         latent_attention(x, x, x, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[5, 0, 40, 1], [0]])
+def test_the_folded_block(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_folded_block_as_good_as_pytorch(lengths, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_folded_block_in_any_order(thread_order: str, copies: str, dtype: torch.dtype) -> None:
+    inputs = folded_block([3, 2], dim=36, latents=300, dtype=dtype)
+    expected = reference.latent_pool(**in_double(inputs))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, exact in zip(latent_pool(**inputs), expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "latents"), [(1, 7), (3, 40), (2, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_heads_are_added(heads: int, latents: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_folded_heads_are_added(_latent_cuda.attend_folded, heads, latents, dtype, monkeypatch)
+
+
+def test_a_token_that_is_not_finite_concerns_its_sequence_only() -> None:
+    assert_only_its_sequence_suffers()
+
+
+def test_the_folded_module() -> None:
+    """From the checkpoint to the pooled embedding, and offsets that are out of range."""
+    module = LatentAttentionPooling.from_nv_embed(nv_embed_weights(dtype=torch.float32), heads=2)
+    x, mask = torch.randn(3, 7, 24), torch.rand(3, 7) < 0.7
+    with torch.no_grad():
+        pooled = module(x, mask)
+        with fastembed.use_backend("reference"):
+            torch.testing.assert_close(pooled, module(x, mask), rtol=1e-4, atol=1e-5)
+    inputs = folded_block([4, 3])
+    expected = latent_pool(**inputs)
+    inputs["cu_seqlens"] = torch.tensor([-5, 4, 700])
+    assert all(map(torch.equal, latent_pool(**inputs), expected))
+
+
+def test_folded_sanitized() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = folded_block([2, 0, 1], dim=37, latents=5, dtype=dtype)
+        assert all(result.isfinite().all() for result in latent_pool(**inputs))
 
 
 def test_too_many_heads_for_a_launch(simulated_module: Any) -> None:

@@ -6,15 +6,17 @@ import interpreter
 import pytest
 import torch
 from attention_cases import SIZES, assert_as_good_as_pytorch, assert_padding_does_not_show, make_case
-from latent_models import assert_learned_queries_take_one_launch, folded_block, in_double
-from tolerance import assert_close_to_oracle
+from latent_models import (
+    assert_folded_block_as_good_as_pytorch,
+    assert_folded_heads_are_added,
+    assert_learned_queries_take_one_launch,
+    assert_only_its_sequence_suffers,
+)
 from torch import Tensor
 
 import fastembed
 from fastembed.nn import LatentAttentionPooling
-from fastembed.ops import latent
 from fastembed.ops.latent_attention import latent_attention
-from fastembed.reference import latent as reference
 from fastembed.triton_kernels import latent as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,20 +81,7 @@ def test_any_strides_and_no_batch() -> None:
 @pytest.mark.parametrize(("heads", "latents"), [(1, 7), (3, 40), (2, 600)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folded_heads_are_added(heads: int, latents: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, scores, values = (
-        torch.randn(*shape, generator=generator).to(dtype)
-        for shape in ((33, 20), (heads, latents, 20), (heads, latents, 50))
-    )
-    bias = torch.randn(heads, latents, generator=generator)
-    weights = (x.double() @ scores.double().mT + bias[:, None]).softmax(dim=-1)
-    oracle = (weights @ values.double()).sum(dim=0)
-    results = []
-    for wanted in (1, 1000):  # heads one after the other, and each by itself
-        monkeypatch.setattr(kernels, "PROGRAMS_WANTED", wanted)
-        results.append(kernels.attend_folded(x, scores, bias, values))
-        error = (results[-1].double() - oracle).abs().max()
-        assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * oracle.abs().max()
+    assert_folded_heads_are_added(kernels.attend_folded, heads, latents, dtype, monkeypatch)
 
 
 def masks() -> Tensor:
@@ -136,27 +125,10 @@ def test_training_of_the_module(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[5, 0, 40, 1], [0]])
 def test_the_folded_block(lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent, "_HIDDEN_ELEMENTS", 0)
-    monkeypatch.setattr(latent, "_LEAST_HIDDEN", 32)
-    inputs = folded_block(lengths, dtype=dtype)
-    weights = ("score_weight", "value_weight", "hidden_weight")
-    packed = {name: latent.pack_weight(inputs[name], gated=name == "hidden_weight") for name in weights}
     with fastembed.use_backend("triton"):
-        ours = latent.latent_pool(**inputs)
-        for one, other in zip(latent.latent_pool(**{**inputs, **packed}), ours, strict=True):
-            torch.testing.assert_close(one, other)
-    theirs = reference.latent_pool(**inputs)
-    oracle = reference.latent_pool(**in_double(inputs))
-    for our, their, exact in zip(ours, theirs, oracle, strict=True):
-        assert our.dtype == torch.float32
-        assert_close_to_oracle(our.to(dtype), their.to(dtype), exact)
+        assert_folded_block_as_good_as_pytorch(lengths, dtype, monkeypatch)
 
 
 def test_a_token_that_is_not_finite_concerns_its_sequence_only() -> None:
-    inputs = folded_block([4, 6, 0, 3])
     with fastembed.use_backend("triton"):
-        clean = latent.latent_pool(**inputs)
-        inputs["x"][7, 2] = float("inf")
-        for result, expected in zip(latent.latent_pool(**inputs), clean, strict=True):
-            assert result[1].isnan().all()
-            assert torch.equal(result[[0, 2, 3]], expected[[0, 2, 3]])
+        assert_only_its_sequence_suffers()

@@ -35,8 +35,9 @@ CXX_FLAGS = [
 ]
 
 # A source named *_<level>.cpp is compiled with these flags on top and runs only where csrc/common/isa.cpp finds every
-# one of the features; the two lists must agree. Each level includes the ones before it.
+# one of the features; the two lists must agree. Each level includes those it is built on.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2"]
+AVXVNNI = [*AVX2, "-mavxvnni"]
 # GCC 12 warns about the undefined vectors inside its own AVX-512 intrinsics.
 AVX512 = [
     *AVX2,
@@ -50,7 +51,13 @@ AVX512 = [
 AVX512VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vpopcntdq", "-mavx512bitalg", "-mgfni"]
 # Not a level of its own: what a CPU of the level before may have on top (has_avx512bf16 in csrc/common/isa.hpp).
 AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": AVX512VNNI, "avx512bf16": AVX512BF16}
+ISA_FLAGS = {
+    "avx2": AVX2,
+    "avxvnni": AVXVNNI,
+    "avx512": AVX512,
+    "avx512vnni": AVX512VNNI,
+    "avx512bf16": AVX512BF16,
+}
 
 # Sources by what their names begin with. Their float results have the same bits at every level: no multiplication
 # and addition in one rounding where a level has an instruction for it.

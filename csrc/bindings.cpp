@@ -20,6 +20,17 @@ void bind_search(py::module_& m);
 PYBIND11_MODULE(_core, m) {
   m.def("isa", [] { return fastembed::isa_name(fastembed::active_isa()); }, "Instruction-set level in use.");
   m.def("best_isa", [] { return fastembed::isa_name(fastembed::best_isa()); }, "Best level this CPU supports.");
+  m.def(
+      "isa_levels",
+      [] {
+        py::list names;
+        for (int level = 0; level < fastembed::isa_count; ++level) {
+          const auto isa = static_cast<fastembed::Isa>(level);
+          if (fastembed::is_supported(isa)) names.append(fastembed::isa_name(isa));
+        }
+        return names;
+      },
+      "Levels this CPU supports, each after those it is built on.");
   m.def("set_isa", &fastembed::set_isa, py::arg("name"), "Change the level in use (for tests).");
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads OpenMP would use for a parallel region.");
   m.def(

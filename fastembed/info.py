@@ -17,7 +17,8 @@ class Info:
         version: Version of fastembed-kernels.
         python: Version of Python.
         torch: Version of PyTorch, or None where it is not installed.
-        isa: Instruction-set level that the CPU kernels use: "generic", "avx2", "avx512" or "avx512vnni".
+        isa: Instruction-set level that the CPU kernels use: "generic", "avx2", "avxvnni", "avx512" or
+            "avx512vnni".
         best_isa: The best level of this CPU; higher than `isa` where FASTEMBED_ISA holds it down.
         threads: Threads that the CPU kernels use.
         cores: CPUs that this process may run on.

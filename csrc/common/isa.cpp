@@ -8,7 +8,7 @@
 namespace fastembed {
 namespace {
 
-constexpr const char* names[isa_count] = {"generic", "avx2", "avx512", "avx512vnni"};
+constexpr const char* names[isa_count] = {"generic", "avx2", "avx512", "avx512vnni", "avxvnni"};
 
 #if defined(__x86_64__)
 // One test for every flag that setup.py compiles a level with. __builtin_cpu_supports also asks the operating system
@@ -26,28 +26,26 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg") &&
          __builtin_cpu_supports("gfni");
 }
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 #endif
 
 Isa detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (has_avx512vnni()) return Isa::avx512vnni;
-  if (has_avx512()) return Isa::avx512;
-  if (has_avx2()) return Isa::avx2;
-#endif
+  for (Isa isa : {Isa::avx512vnni, Isa::avx512, Isa::avxvnni, Isa::avx2}) {
+    if (is_supported(isa)) return isa;
+  }
   return Isa::generic;
 }
 
 Isa parse(const std::string& name) {
   for (int level = 0; level < isa_count; ++level) {
     if (name != names[level]) continue;
-    if (level > static_cast<int>(best_isa())) {
+    if (!is_supported(static_cast<Isa>(level))) {
       throw std::invalid_argument("instruction set " + name + " is not supported by this CPU; its best is " +
                                   isa_name(best_isa()));
     }
     return static_cast<Isa>(level);
   }
-  throw std::invalid_argument("FASTEMBED_ISA must be generic, avx2, avx512 or avx512vnni, got " + name);
+  throw std::invalid_argument("FASTEMBED_ISA must be generic, avx2, avxvnni, avx512 or avx512vnni, got " + name);
 }
 
 Isa initial_isa() {
@@ -61,6 +59,18 @@ std::atomic<Isa>& active() {
 }
 
 }  // namespace
+
+bool is_supported(Isa isa) {
+  if (isa == Isa::generic) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == Isa::avx2) return has_avx2();
+  if (isa == Isa::avxvnni) return has_avxvnni();
+  return isa == Isa::avx512 ? has_avx512() : has_avx512vnni();
+#else
+  return false;
+#endif
+}
 
 Isa best_isa() {
   static const Isa best = detect();

@@ -11,8 +11,15 @@
 
 namespace fastembed {
 
-enum class Isa { generic, avx2, avx512, avx512vnni };
-constexpr int isa_count = 4;
+// avxvnni stands last because it is on top of avx2 alone: CPUs with AVX-512 have its instruction in another encoding,
+// and need not have this one.
+enum class Isa { generic, avx2, avx512, avx512vnni, avxvnni };
+constexpr int isa_count = 5;
+
+// The level whose kernels serve where a family has none at this one.
+constexpr Isa level_below(Isa isa) {
+  return isa == Isa::avxvnni ? Isa::avx2 : static_cast<Isa>(static_cast<int>(isa) - 1);
+}
 
 // The level in use: the best one the CPU supports, or a lower one asked for by FASTEMBED_ISA. Throws
 // std::invalid_argument when FASTEMBED_ISA names no level or one this machine lacks.
@@ -21,6 +28,7 @@ Isa active_isa();
 void set_isa(const std::string& name);
 // The best level this CPU supports.
 Isa best_isa();
+bool is_supported(Isa isa);
 const char* isa_name(Isa isa);
 // Whether bfloat16 dot products may be used: the level in use is avx512vnni, and the CPU has them on top.
 bool has_avx512bf16();
@@ -31,9 +39,9 @@ struct KernelsByIsa {
   const Kernels* at[isa_count];
 
   const Kernels& active() const {
-    int level = static_cast<int>(active_isa());
-    while (at[level] == nullptr) --level;
-    return *at[level];
+    Isa level = active_isa();
+    while (at[static_cast<int>(level)] == nullptr) level = level_below(level);
+    return *at[static_cast<int>(level)];
   }
 };
 

@@ -15,8 +15,10 @@ namespace fastembed::qmatmul {
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
+extern const Kernels avxvnni_kernels;
 extern const Kernels avx512vnni_kernels;
-constexpr KernelsByIsa<Kernels> kernels{{&generic_kernels, &avx2_kernels, nullptr, &avx512vnni_kernels}};
+constexpr KernelsByIsa<Kernels> kernels{
+    {&generic_kernels, &avx2_kernels, nullptr, &avx512vnni_kernels, &avxvnni_kernels}};
 extern const BFloat16Kernels avx512bf16_kernels;
 const BFloat16Kernels* bfloat16_kernels() { return has_avx512bf16() ? &avx512bf16_kernels : nullptr; }
 #else

@@ -79,6 +79,13 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
     def error(_: str, result: Tensor) -> float:
         return float(1 - F.cosine_similarity(result.double(), expected).min())
 
+    modules = {OURS: (pooling, x), OURS_INT8: (quantized, x), OURS_BF16: (half, low)}
+    alone = sum(_same_alone(module, hidden) for module, hidden in modules.values()) / len(modules)
+    accuracy = [
+        Reached(f"times the accuracy asked of {name}, 1 - cosine {TOLERANCE[name]:g}", 1.0,
+                TOLERANCE[name] / max(1e-16, error(name, providers[name]())))
+        for name in (OURS, OURS_BF16)
+    ]  # fmt: skip
     operations = pooling.arithmetic(batch * length, batch)
     return Workload(
         providers=providers,
@@ -93,9 +100,19 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
             Faster(RELEASED, 10.0, OURS_INT8),
             Reached(f"times less extra memory than {RELEASED}", 5.0, memory[RELEASED] / max(1, memory[OURS])),
             Reached(f"times less, {OURS_INT8}", 5.0, memory[RELEASED] / max(1, memory[OURS_INT8])),
+            *accuracy,
+            Reached("of the dtypes give a row alone the bits it has in a batch", 1.0, alone),
         ],
         rounds=3 if width > 1024 else 7,
     )
+
+
+@torch.no_grad()
+def _same_alone(module: LatentAttentionPooling, x: Tensor) -> bool:
+    """Whether a sequence has the same result, bit for bit, by itself and beside others."""
+    row = x[:1]
+    mask = torch.ones(len(x) + 1, x.shape[1])
+    return torch.equal(module(row, mask[:1])[0], module(torch.cat([row, x.flip(1)]), mask)[0])
 
 
 def _not_folded(context: Context) -> Workload:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 import fastembed
 
-from . import Case, Context, Faster, OfLimit, Workload, limits, optional_import
+from . import Case, Context, Faster, OfLimit, Reached, Workload, limits, optional_import
 from .harness import environment
 from .harness.workload import OURS
 
@@ -99,6 +99,15 @@ def _pooling(
             providers[READ] = limits.reader(pieces, context.threads)
 
         expected = [_oracle(hidden, mask, mode, prefixes) for hidden in hidden_states]
+        alone = fastembed.pool_exits([hidden[-1:] for hidden in hidden_states], mask[-1:], mode=mode, dims=prefixes)
+        pairs = [
+            torch.equal(vectors[0], of_batch[dim][-1])
+            for by_dim, of_batch in zip(alone, providers[OURS](), strict=True)
+            for dim, vectors in by_dim.items()
+        ]
+        same_alone = Reached(
+            "of the vectors of a row alone are those of the batch, bit for bit", 1.0, sum(pairs) / len(pairs)
+        )
         read = int(mask.sum()) * (first_dim or size) * exits * hidden_states[0].element_size()
         return Workload(
             providers=providers,
@@ -107,7 +116,7 @@ def _pooling(
             amount=read,
             unit="B",
             demands={"tensor read": read} if hidden_states[0].nbytes * exits > LARGEST_CACHE else {},
-            goals=goals,
+            goals=[*goals, same_alone],
         )
 
     return setup

@@ -155,7 +155,7 @@ def test_opcheck_of_several_modes(packed: bool) -> None:
 def test_several_modes_of_a_backend_that_has_one_at_a_time() -> None:
     mode_by_mode = pooling_ops._mode_by_mode(reference.pool_exits)
     modes, dims = ["max", "cls", "mean"], [[20, 3], [18]]
-    ours = mode_by_mode(HIDDEN, MASK, None, modes, [20, 3, 18], [2, 1], True, torch.float16)
+    ours = mode_by_mode(HIDDEN, MASK, None, modes, dims, True, torch.float16)
     expected = reference.pool_modes(HIDDEN, MASK, None, modes, dims, True, torch.float16)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 

@@ -159,24 +159,10 @@ def _by_exit(dims: list[int], dims_per_exit: list[int]) -> list[list[int]]:
     return nested
 
 
-def _implementation(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """A backend's function, which takes dims as a list per exit, in the schema's terms, which knows only flat lists."""
-
-    def run(
-        hidden_states: list[Tensor],
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        mode: str,
-        dims: list[int],
-        dims_per_exit: list[int],
-        normalize: bool,
-        out_dtype: torch.dtype,
-        keep_state: bool,
-    ) -> list[Tensor]:
-        nested = _by_exit(dims, dims_per_exit)
-        return pool(hidden_states, attention_mask, cu_seqlens, mode, nested, normalize, out_dtype, keep_state)
-
-    return run
+def _nested(run: Callable[..., list[Tensor]], at: int = 4) -> Callable[..., list[Tensor]]:
+    """A backend's function, which takes dims as a list per exit, in the schema's terms, which knows only flat lists:
+    argument `at` holds the dims of all exits, the next one how many each has."""
+    return lambda *args: run(*args[:at], _by_exit(args[at], args[at + 1]), *args[at + 2 :])
 
 
 _MODE_CODES = {mode: code for code, mode in enumerate(MODES)}  # Mode in csrc/pooling/pooling.hpp
@@ -197,47 +183,18 @@ _MASK_BITS = {
 }
 
 
-def _pool_exits_cpu(
-    hidden_states: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    dims: list[list[int]],
-    normalize: bool,
-    out_dtype: torch.dtype,
-    keep_state: bool,
-) -> list[Tensor]:
-    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    state, states = _empty_state(hidden_states[0], call.sequences, mode, dims) if keep_state else ([], [])
-    core.pool_exits(*call.arguments, states, num_threads())
+def _pool_exits_cpu(*arguments: Any) -> list[Tensor]:
+    *of_call, keep_state = arguments
+    call = _NativeCall(*of_call)
+    state, states = call.empty_state() if keep_state else ([], [])
+    core.pool_exits(*(*call.arguments, states, num_threads()))
     return [*call.outputs, *state]
 
 
-def _empty_state(
-    first: Tensor, sequences: int, mode: str, dims: list[list[int]]
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """Tensors for what the backward needs, and their addresses as both compiled modules take them."""
-    shapes = [(sequences, max(exit_dims)) for exit_dims in dims]
-    pooled = [first.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    winners = [first.new_empty(shape, dtype=torch.int32) for shape in shapes] if mode == "max" else []
-    return [*pooled, *winners], _states(pooled, winners)
-
-
-def _pool_modes_cpu(
-    hidden_states: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    modes: list[str],
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    nested = _by_exit(dims, dims_per_exit)
-    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, modes[0], nested, normalize, out_dtype)
-    exits, sequences, tokens, mask, offsets, _, dtype, out_type, normalize = call.arguments
-    codes, sizes = [_MODE_CODES[mode] for mode in modes], [hidden.shape[-1] for hidden in hidden_states]
-    core.pool_modes(exits, sequences, tokens, mask, offsets, codes, dtype, out_type, normalize, sizes, num_threads())
+def _pool_modes_cpu(*arguments: Any) -> list[Tensor]:
+    call = _NativeCall(*arguments)
+    sizes = [hidden.shape[-1] for hidden in call.hidden_states]
+    core.pool_modes(*(*call.arguments, sizes, num_threads()))
     return call.outputs
 
 
@@ -249,59 +206,35 @@ def _mode_by_mode(pool: Callable[..., list[Tensor]]) -> Callable[..., list[Tenso
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         modes: list[str],
-        dims: list[int],
-        dims_per_exit: list[int],
+        dims: list[list[int]],
         normalize: bool,
         out_dtype: torch.dtype,
     ) -> list[Tensor]:
         whole = [[hidden.shape[-1]] for hidden in hidden_states]
         batch = hidden_states, attention_mask, cu_seqlens
-        by_mode = [pool(*batch, mode, whole, False, torch.float32) for mode in modes]
+        by_mode = [pool(*batch, mode, whole, False, torch.float32, False) for mode in modes]
         return [
             output
-            for parts, exit_dims in zip(zip(*by_mode, strict=True), _by_exit(dims, dims_per_exit), strict=True)
+            for parts, exit_dims in zip(zip(*by_mode, strict=True), dims, strict=True)
             for output in reference.write_prefixes(torch.cat(parts, dim=1), exit_dims, normalize, out_dtype)
         ]
 
     return run
 
 
-def _pool_modes_reference(
-    hidden_states: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    modes: list[str],
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    nested = _by_exit(dims, dims_per_exit)
-    return reference.pool_modes(hidden_states, attention_mask, cu_seqlens, modes, nested, normalize, out_dtype)
-
-
 def _states(pooled: list[Tensor], winners: list[Tensor]) -> list[tuple[int, int]]:
     return [(vectors.data_ptr(), winners[i].data_ptr() if winners else 0) for i, vectors in enumerate(pooled)]
 
 
-def _pool_exits_cuda(
-    hidden_states: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mode: str,
-    dims: list[list[int]],
-    normalize: bool,
-    out_dtype: torch.dtype,
-    keep_state: bool = False,
-) -> list[Tensor]:
-    call = _NativeCall(hidden_states, attention_mask, cu_seqlens, mode, dims, normalize, out_dtype)
-    first = hidden_states[0]
+def _pool_exits_cuda(*arguments: Any) -> list[Tensor]:
+    *of_call, keep_state = arguments
+    call = _NativeCall(*of_call)
+    first = call.hidden_states[0]
     cuda = _native.cuda
     assert cuda is not None, "the backend is chosen only where it is available"
-    floats = cuda.pool_exits_workspace(
-        len(hidden_states), max(map(max, dims)), call.sequences, call.tokens, cu_seqlens is not None
-    )
-    state, states = _empty_state(first, call.sequences, mode, dims) if keep_state else ([], [])
+    widest = max(map(max, call.dims))
+    floats = cuda.pool_exits_workspace(len(call.dims), widest, call.sequences, call.tokens, call.packed)
+    state, states = call.empty_state() if keep_state else ([], [])
     with current_stream(first.device) as stream:
         workspace = first.new_empty(floats, dtype=torch.float32)
         cuda.pool_exits(*call.arguments, states, workspace.data_ptr(), stream)
@@ -333,7 +266,7 @@ class _NativeCall:
         hidden_states: list[Tensor],
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        mode: str,
+        mode: str | list[str],
         dims: list[list[int]],
         normalize: bool,
         out_dtype: torch.dtype,
@@ -345,7 +278,8 @@ class _NativeCall:
         else:
             sequences, tokens = cu_seqlens.shape[0] - 1, first.shape[0]
         mask, offsets, companions = _native_batch(attention_mask, cu_seqlens)
-        self.sequences, self.tokens = sequences, tokens
+        self.hidden_states, self.mode, self.dims = hidden_states, mode, dims
+        self.sequences, self.tokens, self.packed = sequences, tokens, cu_seqlens is not None
         self._alive: list[Any] = [companions]
         self.outputs: list[Tensor] = []
         exits = []
@@ -355,91 +289,52 @@ class _NativeCall:
             self._alive.append(hidden)
             prefixes = []
             for dim in exit_dims:
-                columns = (dim + 7) // 8 if out_dtype == torch.uint8 else dim
-                output = torch.empty((sequences, columns), dtype=out_dtype, device=device)
+                output = torch.empty((sequences, _output_columns(dim, out_dtype)), dtype=out_dtype, device=device)
                 self.outputs.append(output)
                 prefixes.append((dim, output.data_ptr()))
             strides = hidden.stride()
             exits.append((hidden.data_ptr(), 0 if cu_seqlens is not None else strides[0], strides[-2], prefixes))
-        self.arguments = (
+        self.arguments: tuple[Any, ...] = (
             exits,
             sequences,
             tokens,
             mask,
             offsets,
-            _MODE_CODES[mode],
+            _MODE_CODES[mode] if isinstance(mode, str) else [_MODE_CODES[one] for one in mode],
             _DTYPE_CODES[dtype],
             _OUTPUT_CODES[out_dtype],
             normalize,
         )
+
+    def empty_state(self) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Tensors for what the backward needs, and their addresses as both compiled modules take them."""
+        first = self.hidden_states[0]
+        shapes = [(self.sequences, max(exit_dims)) for exit_dims in self.dims]
+        pooled = [first.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        winners = [first.new_empty(shape, dtype=torch.int32) for shape in shapes] if self.mode == "max" else []
+        return [*pooled, *winners], _states(pooled, winners)
 
 
 def _output_columns(dim: int, out_dtype: torch.dtype) -> int:
     return (dim + 7) // 8 if out_dtype == torch.uint8 else dim
 
 
-def _backward_reference(
-    state: list[Tensor],
-    grads: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    sizes: list[int],
-    dtype: torch.dtype,
-    mode: str,
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-) -> list[Tensor]:
-    nested = _by_exit(dims, dims_per_exit)
-    return reference.pool_exits_backward(
-        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, nested, normalize
-    )
-
-
-def _backward_cpu(
-    state: list[Tensor],
-    grads: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    sizes: list[int],
-    dtype: torch.dtype,
-    mode: str,
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-) -> list[Tensor]:
-    call = _NativeBackward(
-        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, dims, dims_per_exit, normalize
-    )
+def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    call = _NativeBackward(*arguments)
     core.pool_exits_backward(*call.arguments, num_threads())
     return call.results
 
 
-def _backward_cuda(
-    state: list[Tensor],
-    grads: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    sizes: list[int],
-    dtype: torch.dtype,
-    mode: str,
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-) -> list[Tensor]:
-    call = _NativeBackward(
-        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, dims, dims_per_exit, normalize
-    )
-    if len(state[0]) == 0:
+def _backward_cuda(*arguments: Any) -> list[Tensor]:
+    call = _NativeBackward(*arguments)
+    if call.sequences == 0:
         return [result.zero_() for result in call.results]
     cuda = _native.cuda
     assert cuda is not None, "the backend is chosen only where it is available"
-    columns = sum(vectors.shape[1] for vectors in state[: len(sizes)])
-    with current_stream(state[0].device) as stream:
-        workspace = state[0].new_empty(cuda.pool_exits_backward_workspace(columns, len(state[0])))
+    device = call.results[0].device
+    floats = cuda.pool_exits_backward_workspace(sum(map(max, call.dims)), call.sequences)
+    with current_stream(device) as stream:
+        workspace = torch.empty(floats, dtype=torch.float32, device=device)
         cuda.pool_exits_backward(*call.arguments, workspace.data_ptr(), stream)
     return call.results
 
@@ -460,23 +355,23 @@ class _NativeBackward:
         sizes: list[int],
         dtype: torch.dtype,
         mode: str,
-        dims: list[int],
-        dims_per_exit: list[int],
+        dims: list[list[int]],
         normalize: bool,
     ) -> None:
+        self.dims, self.sequences = dims, len(state[0])
         mask, offsets, companions = _native_batch(attention_mask, cu_seqlens)
         grads = [grad.resolve_neg().contiguous() for grad in grads]
         self._alive = [companions, grads]
         self.results = _empty_gradients(state, cu_seqlens, tokens, sizes, dtype)
-        prefixes = iter(zip(dims, [grad.data_ptr() for grad in grads], strict=True))
+        addresses = iter([grad.data_ptr() for grad in grads])
         states = _states(state[: len(sizes)], state[len(sizes) :])
         exits = [
-            (result.data_ptr(), size, of_exit, [next(prefixes) for _ in range(count)])
-            for result, size, of_exit, count in zip(self.results, sizes, states, dims_per_exit, strict=True)
+            (result.data_ptr(), size, of_exit, [(dim, next(addresses)) for dim in exit_dims])
+            for result, size, of_exit, exit_dims in zip(self.results, sizes, states, dims, strict=True)
         ]
         self.arguments = (
             exits,
-            len(state[0]),
+            self.sequences,
             tokens,
             mask,
             offsets,
@@ -542,25 +437,10 @@ def _pool_exits_triton(*args: Any) -> list[Tensor]:
     return pooling.pool_exits(*args)
 
 
-def _backward_triton(
-    state: list[Tensor],
-    grads: list[Tensor],
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    sizes: list[int],
-    dtype: torch.dtype,
-    mode: str,
-    dims: list[int],
-    dims_per_exit: list[int],
-    normalize: bool,
-) -> list[Tensor]:
+def _backward_triton(*args: Any) -> list[Tensor]:
     from ..triton_kernels import pooling_backward
 
-    nested = _by_exit(dims, dims_per_exit)
-    return pooling_backward.pool_exits_backward(
-        state, grads, attention_mask, cu_seqlens, tokens, sizes, dtype, mode, nested, normalize
-    )
+    return pooling_backward.pool_exits_backward(*args)
 
 
 # Every implementation takes (hidden_states, attention_mask, cu_seqlens, mode, dims per exit, normalize, out_dtype,
@@ -570,10 +450,10 @@ _pool_exits = Op(
     "pool_exits(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str mode, int[] dims, "
     "int[] dims_per_exit, bool normalize, ScalarType out_dtype, bool keep_state) -> Tensor[]",
     implementations={
-        "reference": _implementation(reference.pool_exits),
-        "cpu": _implementation(_pool_exits_cpu),
-        "cuda": _implementation(_pool_exits_cuda),
-        "triton": _implementation(_pool_exits_triton),
+        "reference": _nested(reference.pool_exits),
+        "cpu": _nested(_pool_exits_cpu),
+        "cuda": _nested(_pool_exits_cuda),
+        "triton": _nested(_pool_exits_triton),
     },
     fake=_fake,
     accepts={"cpu": _KERNEL_DTYPES, "cuda": _KERNEL_DTYPES, "triton": _KERNEL_DTYPES},
@@ -586,10 +466,10 @@ _pool_modes = Op(
     "pool_modes(Tensor[] hidden_states, Tensor? attention_mask, Tensor? cu_seqlens, str[] modes, int[] dims, "
     "int[] dims_per_exit, bool normalize, ScalarType out_dtype) -> Tensor[]",
     implementations={
-        "reference": _pool_modes_reference,
-        "cpu": _pool_modes_cpu,
-        "cuda": _mode_by_mode(_pool_exits_cuda),
-        "triton": _mode_by_mode(_pool_exits_triton),
+        "reference": _nested(reference.pool_modes),
+        "cpu": _nested(_pool_modes_cpu),
+        "cuda": _nested(_mode_by_mode(_pool_exits_cuda)),
+        "triton": _nested(_mode_by_mode(_pool_exits_triton)),
     },
     fake=lambda hidden, mask, cu_seqlens, modes, dims, dims_per_exit, normalize, out_dtype: _fake(
         hidden, mask, cu_seqlens, modes[0], dims, dims_per_exit, normalize, out_dtype, False
@@ -604,10 +484,10 @@ _pool_exits_backward = Op(
     "pool_exits_backward(Tensor[] state, Tensor[] grads, Tensor? attention_mask, Tensor? cu_seqlens, SymInt tokens, "
     "SymInt[] sizes, ScalarType dtype, str mode, int[] dims, int[] dims_per_exit, bool normalize) -> Tensor[]",
     implementations={
-        "reference": _backward_reference,
-        "cpu": _backward_cpu,
-        "cuda": _backward_cuda,
-        "triton": _backward_triton,
+        "reference": _nested(reference.pool_exits_backward, at=8),
+        "cpu": _nested(_backward_cpu, at=8),
+        "cuda": _nested(_backward_cuda, at=8),
+        "triton": _nested(_backward_triton, at=8),
     },
     fake=lambda state, _, __, cu_seqlens, tokens, sizes, dtype, *___: _empty_gradients(
         state, cu_seqlens, tokens, sizes, dtype

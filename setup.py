@@ -153,10 +153,9 @@ class BuildCore(build_ext):
         nvcc = find_nvcc()
         assert nvcc is not None, "fastembed._cuda is only listed when nvcc was found"
         self.add_rules(ninja_file)
-        gencode = " ".join(
-            f"-gencode=arch=compute_{arch},code=sm_{arch}"
-            for arch in os.environ.get("FASTEMBED_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";")
-        )
+        archs = sorted(os.environ.get("FASTEMBED_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";"), key=int)
+        gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+        gencode += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"  # for what is newer
         nvcc_flags = f"-std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC}"
         ninja_file.rule("nvcc", f"{nvcc} {nvcc_flags} {gencode} -MD -MF $out.d -c $in -o $out", depfile=True)
         objects = [self.compile(ninja_file, directory, source) for source in sorted(CSRC.rglob(CUDA_BINDINGS))]

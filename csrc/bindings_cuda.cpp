@@ -1,6 +1,7 @@
 // The Python module fastembed._cuda: launchers of the CUDA kernels. Device pointers and the stream come in as integers.
 // No CUDA header here, so that the same file binds the kernels compiled for the CPU by tests/cuda_on_cpu.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/cuda_device.hpp"
 
@@ -14,6 +15,7 @@ void bind_search_cuda(py::module_& m);
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &fastembed::cuda::device_count, "CUDA devices the driver offers; 0 without a driver.");
+  m.attr("architectures") = fastembed::cuda::architectures();
   bind_latent_cuda(m);
   bind_pooling_cuda(m);
   bind_qmatmul_cuda(m);

@@ -5,11 +5,13 @@ PyTorch reference where it has none. `use_backend` or the environment variable F
 missing one is an error, never a silent fallback.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from . import _native
 
@@ -61,6 +63,8 @@ def unavailable_reason(name: str) -> str | None:
             return "the CUDA kernels were not compiled (nvcc was not found, or FASTEMBED_CUDA=0, at installation)"
         if _native.cuda.device_count() == 0:
             return "no CUDA driver or device"
+        if (reason := _wrong_architecture(_native.cuda)) is not None:
+            return reason
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install 'fastembed-kernels[triton]')"
@@ -69,6 +73,20 @@ def unavailable_reason(name: str) -> str | None:
     if name == "reference" and _native.torch is None:
         return "PyTorch is not installed (pip install 'fastembed-kernels[torch]')"
     return None
+
+
+@functools.cache
+def _wrong_architecture(cuda: Any) -> str | None:
+    """Why kernels compiled for other GPUs cannot run on this one, as PyTorch sees it."""
+    if cuda_is_simulated() or _native.torch is None or not _native.torch.cuda.is_available():
+        return None
+    major, minor = _native.torch.cuda.get_device_capability()
+    ours = 100 * major + 10 * minor
+    compiled = cuda.architectures
+    if ours >= max(compiled) or any(arch // 100 == major and arch <= ours for arch in compiled):
+        return None
+    names = ", ".join(f"{arch // 100}.{arch // 10 % 10}" for arch in compiled)
+    return f"the CUDA kernels were compiled for compute capability {names}, and this GPU has {major}.{minor}"
 
 
 def triton_is_interpreted() -> bool:

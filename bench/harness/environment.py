@@ -36,17 +36,31 @@ def set_threads(threads: int) -> None:
         faiss.omp_set_num_threads(threads)
 
 
+_held: list[int] = []  # memory that nobody shall use
+
+
 def reuse_memory(reuse: bool) -> None:
     """Whether what a program frees is kept for its next allocations, or given back so that each gets fresh pages.
 
     By itself glibc does now one and now the other with tensors of 128 KB to 32 MB, and writing fresh pages, which the
     system has to clear, takes several times as long. Does nothing where the allocator is another.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1 if reuse else 1 << 17)
-        mallopt(mmap_threshold, 1 << (25 if reuse else 17))
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+        return
+    trim_threshold, mmap_threshold, is_mapped = -1, -3, 2  # malloc.h, and a bit of the size before every allocation
+    libc.malloc.restype = ctypes.c_void_p
+    while _held:
+        libc.free(ctypes.c_void_p(_held.pop()))
+    libc.mallopt(trim_threshold, 2**31 - 1 if reuse else 1 << 17)
+    libc.mallopt(mmap_threshold, 1 << (25 if reuse else 17))
+    if not reuse:  # what is free already would be used again
+        libc.malloc_trim(0)
+        while True:
+            at = int(libc.malloc(1 << 18))
+            _held.append(at)
+            if ctypes.c_size_t.from_address(at - 8).value & is_mapped:
+                break
 
 
 def require_device(device: str) -> None:

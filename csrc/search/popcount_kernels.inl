@@ -1,6 +1,6 @@
 // The popcount kernels, written once over a vector type `V` of 64-bit lanes, and `D` of the 32-bit lanes of its level
 // (dwords_*.inl). Each instruction-set file includes this in an anonymous namespace of its level, after
-// byte_products.inl, and instantiates BitKernels.
+// them, and instantiates BitKernels.
 //
 // Hamming. Popcounts cost more than logic, so seven words are first added bit by bit with full adders (Harley-Seal:
 // Mula, Kurz, Lemire, "Faster Population Counts Using AVX2 Instructions", 2018), leaving three popcounts of weights 1,

@@ -16,7 +16,7 @@ constexpr int64_t candidates_per_worker = 1 << 22;
 // Bounds the pieces that ranges are cut into.
 constexpr int64_t ranges_per_batch = 1 << 14;
 // Entries that the buffer of a query takes before it is cut back to k, at least: each time the limit falls.
-constexpr int64_t fewest_added = 48;
+constexpr int64_t fewest_added = 12;
 // First capacity of a range search.
 constexpr int64_t first_capacity = 256;
 

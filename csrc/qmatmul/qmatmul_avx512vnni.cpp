@@ -112,8 +112,8 @@ INLINE __m512i add_products(__m512i sum, __m512i weights, __m512i a) {
 
 // ---- few tokens -----------------------------------------------------------------------------------------------------
 
-// As many output features at once as the registers have room for, with an integer and a float sum for each; from 7 tokens
-// on the float sums wait in memory, which costs less per group than going through the panel once more.
+// As many output features at once as the registers have room for, with an integer and a float sum for each; from 7
+// tokens on the float sums wait in memory, which costs less per group than going through the panel once more.
 constexpr int tiles_at_once(int rows) { return rows <= 2 ? 4 : 2; }
 constexpr int streamed_rows = 12;
 // Two passes still cost less than unpacking to memory; three do not.

@@ -184,8 +184,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if (version := settings["version"]) > VERSION:
         raise ValueError(f"path must have format version {VERSION} or older, got {version}: update fastembed-kernels")
     for name, kind, of in _ENTRIES:
-        entry: Any = settings.get(name)
-        if not isinstance(entry, kind) or (of is not None and not all(isinstance(it, of) for it in entry.values())):
+        whole = isinstance(settings.get(name), kind)
+        if not whole or (of is not None and not all(isinstance(value, of) for value in settings[name].values())):
             raise ValueError(f"{refusal}, whose {_SETTINGS_FILE} is damaged at {name!r}")
     return settings
 

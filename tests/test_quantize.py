@@ -141,6 +141,7 @@ def test_measured_errors_predict_what_quantising_does(
             avg_bits=9,
             skip=[other for other in linears(model) if other != name],
             levels=[2],
+            quantizer="mse",
             calibration=texts,
             activations="float",
         ).rows
@@ -156,6 +157,28 @@ def test_levels_are_compared_by_the_quantiser_in_use(model: SentenceTransformer)
         )
         errors[quantizer] = sum(row.score for row in report.rows if row.score is not None)
     assert errors["gptq"] < 0.8 * errors["mse"]
+
+
+def test_errors_of_gptq_are_measured_on_what_it_has_not_seen() -> None:
+    """More features than tokens: on the tokens it was fitted to, GPTQ's error all but vanishes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 32), nn.Tanh())
+    batches = [torch.randn(12, 256) for _ in range(2)]
+    (unseen,) = quantized(copy.deepcopy(model), avg_bits=9, levels=[2], calibration=batches).rows
+    (seen,) = quantized(copy.deepcopy(model), avg_bits=9, levels=[2], calibration=batches[:1]).rows
+    assert unseen.score is not None
+    assert seen.score is not None
+    assert seen.score < 0.5 * unseen.score
+
+
+def test_gptq_is_the_default_where_there_is_calibration(model: SentenceTransformer) -> None:
+    texts = tiny_models.texts()
+    for settings, quantizer in (({"calibration": texts}, "gptq"), ({}, "mse")):
+        by_default, asked = copy.deepcopy(model), copy.deepcopy(model)
+        quantized(by_default, bits=3, **settings)
+        quantized(asked, bits=3, quantizer=quantizer, calibration=texts)
+        states = zip(by_default.state_dict().values(), asked.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in states)
 
 
 def test_measured_errors_of_many_levels_are_those_of_each() -> None:

@@ -1,5 +1,7 @@
 """Imported layers stand for exactly what their source dequantises to."""
 
+import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastembed
 from fastembed.integrations.checkpoints import from_awq, from_gguf, from_gptq, from_hqq, from_quanto
 
 K, N, GROUP = 128, 96, 32
@@ -93,6 +96,20 @@ def test_hqq(bits: int, group: int | None) -> None:
     layer = from_hqq(theirs)
     torch.testing.assert_close(layer.dequantize(), theirs.dequantize(), rtol=1e-6, atol=1e-7)
     assert layer.bits == bits
+
+
+def test_a_model_of_imported_layers_is_saved_and_loaded(tmp_path: Path) -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    model = nn.Sequential(nn.Linear(K, N), nn.GELU())
+    skeleton = copy.deepcopy(model)
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+    model[0] = hqq.HQQLinear(model[0], config, compute_dtype=torch.float32, device="cpu")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, hqq.HQQLinear):
+            model.set_submodule(name, from_hqq(layer))
+    fastembed.save_quantized(model, tmp_path)
+    x = torch.randn(3, K)
+    assert torch.equal(fastembed.load_quantized(tmp_path, skeleton)(x), model(x))
 
 
 def test_hqq_along_output_features_is_refused() -> None:

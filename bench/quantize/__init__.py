@@ -3,7 +3,8 @@
 Texts are those of the second half of the corpus; the calibration data are the first texts of it, as in
 `fastembed.quantize` without calibration. Every setting quantises the float model anew and encodes queries and documents
 once. `cosine` is that of its embeddings to the float32 ones; `MRR@10` is of queries that look for their own document
-among all documents. Bits per weight count codes, scales and zero points.
+among all documents. Bits per weight count codes, scales and zero points. Goals in points of MRR@10 are judged on all
+pairs of that half: with 500 queries, one that moves from rank 1 to rank 2 is 0.1 points.
 
 Orders of importance, of transformer blocks, get the two levels between which the average lies, layer by layer from the
 most important block on: LIM and ZD, each of them reversed, and several random ones. "measured" is the default of
@@ -133,14 +134,17 @@ def mean_of(rows: Sequence[Row], order: str, name: str) -> Row:
     return Row(order, name, float(bits), float(cosine), float(mrr), float(lost))
 
 
-def verdicts(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """(what was to be reached and what was, whether it was)."""
+def has_goal(order: str, name: str) -> bool:
+    """Whether a setting is judged by the points of MRR@10 that it loses."""
+    return name in GOALS and order in (UNIFORM, MEASURED, CALIBRATED)
+
+
+def verdicts(rows: Sequence[Row], of_all_pairs: Sequence[Row]) -> list[tuple[str, bool]]:
+    """(what was to be reached and what was, whether it was); `of_all_pairs` are the settings that `has_goal`."""
     found = []
-    for name, most in GOALS.items():
-        for order in (UNIFORM, MEASURED, CALIBRATED):
-            for row in rows:
-                if (row.order, row.name) == (order, name):
-                    found.append((f"{order}, {name}: at most {most} points lost, got {row.lost:.2f}", row.lost <= most))
+    for row in of_all_pairs:
+        most = GOALS[row.name]
+        found.append((f"{row.order}, {row.name}: at most {most} points lost, got {row.lost:.2f}", row.lost <= most))
     for order in (MEASURED, CALIBRATED):
         for row in sorted((row for row in rows if row.order == order), key=lambda row: row.bits):
             uniform = uniform_at(rows, row.bits)

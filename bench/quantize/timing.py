@@ -6,7 +6,9 @@ GPTQ's time includes the Hessian of its samples. The table goes to bench/results
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +53,7 @@ def main() -> None:
     ]
     for name, goal in GOALS.items():
         for bits in BITS:
-            wall, processor = _best(lambda name=name, bits=bits: quantise(name, weight, bits, x), ROUNDS[name])
+            wall, processor = _best(partial(quantise, name, weight, bits, x), ROUNDS[name])
             outcome = "met" if wall <= goal else "MISSED"
             lines.append(f"| {name} | {bits} | {wall:.2f} | {processor:.2f} | {goal:g} | {outcome} |")
     text = "\n".join(lines) + "\n"
@@ -67,7 +69,8 @@ def quantise(name: str, weight: torch.Tensor, bits: int, x: torch.Tensor) -> Qua
     if name == "gptq":
         codes = quantize_gptq(weight, bits, GROUP, hessian=x.T @ x)
     else:
-        codes = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}[name](weight, bits, GROUP)
+        quantisers: dict[str, Callable[..., Any]] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
+        codes = quantisers[name](weight, bits, GROUP)
     return QuantLinear.from_codes(*codes, bits=bits, group_size=GROUP)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -53,6 +53,11 @@ class Calibration:
         finally:
             for module in training:
                 module.training = True
+
+    def halves(self) -> tuple["Calibration", "Calibration"]:
+        """Every second batch, and the others; of a single one both have all."""
+        first, second = self.batches[::2], self.batches[1::2]
+        return replace(self, batches=first), replace(self, batches=second or first)
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):

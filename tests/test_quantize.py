@@ -347,7 +347,7 @@ def test_interrupted_or_failed_the_model_is_as_it_was(
 
     monkeypatch.setitem(quantizers.QUANTIZERS, "mse", interrupt)
     with pytest.raises(_Stop):
-        quantized(model, avg_bits=4.5, calibration=tiny_models.texts())
+        quantized(model, avg_bits=4.5, quantizer="mse", calibration=tiny_models.texts())
     assert linears(model) == modules
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())

@@ -22,13 +22,15 @@ _EMBEDDINGS = ("sentence_embedding", "last_hidden_state", "pooler_output", "logi
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model and batches of its inputs.
+    """A model and batches of its inputs: all of them, or every so many from the first on.
 
     Iterate `run` to see each batch's output; hooks on the model see the layers meanwhile.
     """
 
     model: nn.Module
     batches: Sequence[Any]
+    first: int = 0
+    step: int = 1
 
     def run(self, gradients: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each batch's (embeddings, mask of its valid tokens or None), in evaluation mode.
@@ -39,7 +41,8 @@ class Calibration:
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            for number, batch in enumerate(self.batches):
+            for number in range(self.first, len(self.batches), self.step):
+                batch = self.batches[number]
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
                     output = _embeddings_of(self._call(batch))
                 if not output.numel():
@@ -56,8 +59,9 @@ class Calibration:
 
     def halves(self) -> tuple["Calibration", "Calibration"]:
         """Every second batch, and the others; of a single one both have all."""
-        first, second = self.batches[::2], self.batches[1::2]
-        return replace(self, batches=first), replace(self, batches=second or first)
+        if len(self.batches) == 1:
+            return self, self
+        return replace(self, step=2), replace(self, first=1, step=2)
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):

@@ -290,6 +290,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: train_binarizer(X[0], **FAST), ValueError, "embeddings must have shape"),
     (lambda: train_binarizer(X, X[1:], **FAST), ValueError, "positives must have the shape of the embeddings"),
     (lambda: train_binarizer(X, X.numpy(), **FAST), TypeError, "must be all NumPy arrays or all tensors"),
+    (lambda: train_binarizer(X, dims=0, **FAST), ValueError, "^dims must be at least 1, got 0"),
     (lambda: train_binarizer(X, bits=0, **FAST), ValueError, "bits must be between 1 and 4"),
     (lambda: train_binarizer(X, momentum=1.0, **FAST), ValueError, "momentum must be at least 0 and below 1"),
     (lambda: train_binarizer(X, temperature=0.0, **FAST), ValueError, "temperature must be positive"),

@@ -130,6 +130,8 @@ class _Settings:
     hidden_dim: int | None
 
     def __post_init__(self) -> None:
+        if self.dims is not None:
+            checks.check_integer("dims", self.dims, 1)
         checks.check_integer("epochs", self.epochs, 0)
         checks.check_integer("batch_size", self.batch_size, 2)
         checks.check_integer("hard_negatives", self.hard_negatives, 1)

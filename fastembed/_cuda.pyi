@@ -6,6 +6,9 @@ _Exit: TypeAlias = tuple[int, int, int, list[tuple[int, int]]]
 _State: TypeAlias = tuple[int, int]
 _ExitGradient: TypeAlias = tuple[int, int, _State, list[tuple[int, int]]]
 
+architectures: list[int]
+latent_rows_16_bit: int
+latent_rows_float32: int
 latent_forward_columns: int
 latent_backward_columns: int
 
@@ -36,6 +39,34 @@ def latent_attention_backward(
     query_grad: int,
     key_grad: int,
     value_grad: int,
+    stream: int,
+) -> None: ...
+def latent_attend_folded(
+    dtype: int,
+    sizes: list[int],
+    query: list[int],
+    key: list[int],
+    value: list[int],
+    keep: list[int],
+    scale: float,
+    bias: int,
+    heads_each: int,
+    out: int,
+    stream: int,
+) -> None: ...
+def latent_gated_means(
+    dtype: int,
+    values: int,
+    gates: int,
+    stride: int,
+    value_bias: int,
+    gate_bias: int,
+    tokens: int,
+    features: int,
+    offsets: int,
+    sequences: int,
+    means: int,
+    means_stride: int,
     stream: int,
 ) -> None: ...
 def pool_exits(

@@ -3,15 +3,12 @@
 #include <memory>
 
 #include "common/half.hpp"
+#include "common/pages.hpp"
 #include "common/threading.hpp"
 #include "pooling/active_kernels.hpp"
 #include "pooling/pooling.hpp"
 #include "pooling/token_plan.hpp"
 #include "pooling/work.hpp"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace fastembed::pooling {
 namespace {
@@ -21,39 +18,6 @@ constexpr int64_t bytes_per_thread = 256 << 10;
 // Gradients larger than this would push everything else out of the last-level cache, and be gone from it themselves
 // before they are read.
 constexpr int64_t bytes_to_stream = 16 << 20;
-constexpr int64_t bytes_for_huge_pages = 8 << 20;
-
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-
-constexpr uintptr_t page = 4096;
-
-// The system clears every page of fresh memory when it is first written to, which pages of 2 MB make four times
-// cheaper. Only a hint. It covers what shares a page with either end: an allocation begins a few bytes after a multiple
-// of 2 MB, and without them its first 2 MB would stay in pages of 4 KB.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-// Whether most of the memory has never been written to, by a sample of its pages. False where nobody can tell.
-bool is_fresh(const void* data, int64_t bytes) {
-  constexpr int samples = 8;
-  int fresh = 0;
-  for (int i = 0; i < samples; ++i) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(data) + (2 * i + 1) * bytes / (2 * samples);
-    unsigned char resident = 1;
-    fresh += mincore(reinterpret_cast<void*>(at / page * page), page, &resident) == 0 && (resident & 1) == 0;
-  }
-  return 2 * fresh > samples;
-}
-
-#else
-
-void ask_for_huge_pages(void*, int64_t) {}
-bool is_fresh(const void*, int64_t) { return false; }
-
-#endif
 
 int64_t columns_of(const ExitGradient& exit) { return exit.prefixes.back().dim; }
 
@@ -118,7 +82,7 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
     const int64_t bytes_of_exit = rows_of_tokens * exit.size * size_of(dtype);
     // What the system has just cleared is in the caches: writing past them would cost twice the traffic.
     streams.push_back(bytes > bytes_to_stream && !is_fresh(exit.data, bytes_of_exit));
-    if (bytes_of_exit >= bytes_for_huge_pages) ask_for_huge_pages(exit.data, bytes_of_exit);
+    ask_for_huge_pages(exit.data, bytes_of_exit);
   }
   const int team = team_size(1 + bytes / bytes_per_thread, threads);
   const Kernels& kernels = active_kernels();

@@ -7,6 +7,7 @@
 
 #include "common/half.hpp"
 #include "common/isa.hpp"
+#include "common/pages.hpp"
 #include "common/threading.hpp"
 #include "qmatmul/gate_table.hpp"
 
@@ -119,6 +120,9 @@ class Call {
   }
 
   void run() const {
+    for (int64_t i = 0; i < count_; ++i) {
+      ask_for_huge_pages(projections_[i].y, x_.rows * layer(i).out_features * size_of(x_.dtype));
+    }
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
     const int64_t most = std::max(rows_per_task, tokens_budget / (any_floats_ ? 4 * stride : stride));

@@ -21,10 +21,11 @@ _STACK = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes sp
 _USED = re.compile(r"Used (?P<registers>\d+) registers.*")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
-# PTX whose number says whether a kernel does what it claims: wide loads and stores, tensor cores, atomics.
+# PTX whose number says whether a kernel does what it claims: wide loads and stores, tensor cores, atomics
+# (barriers that reduce, `barrier.cta.red`, are none).
 _NOTED = re.compile(
     r"(?P<load>ld\.global[.\w:]*?\.v4)|(?P<store>st\.global[.\w:]*?\.v4)|(?P<mma>\bmma\.sync[.\w]*)|"
-    r"(?P<async>cp\.async\.c\w)|(?P<matrix>\bldmatrix\.)|(?P<atomic>\b(?:atom|red)\.[.\w]*)"
+    r"(?P<async>cp\.async\.c\w)|(?P<matrix>\bldmatrix\.)|(?P<atomic>(?<![.\w])(?:atom|red)\.[.\w]*)"
 )
 _NAMES = {
     "load": "16-byte loads",

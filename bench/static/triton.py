@@ -223,7 +223,8 @@ def resources(family: str, variant: str, kernel: CompiledKernel, log: str) -> Ke
     """One row, read from the assembler's report and the machine code."""
     (registers,) = re.findall(r"Used (\d+) registers", log)
     # Kernels of one name differ by the switches that are on.
-    switches = [kernel.src.fn.arg_names[index] for (index,), value in kernel.src.constants.items() if value is True]
+    constants = kernel.src.constants.items()  # by path: the fields of a tuple have longer ones
+    switches = [kernel.src.fn.arg_names[path[0]] for path, value in constants if len(path) == 1 and value is True]
     ((stack, stores, loads),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
     return KernelResources(
         kernel=f"{family}.{kernel.metadata.name}[{', '.join([variant, *switches])}]",

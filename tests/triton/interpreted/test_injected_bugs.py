@@ -1,6 +1,5 @@
 """Bugs put into the pooling kernels on purpose: the interpreter's checks, or a wrong result, must give each away."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import triton
+from changed_kernels import changed
 from torch import Tensor
 
 from fastembed.reference import pooling as reference
@@ -156,25 +156,12 @@ def gives_itself_away(implementation: ModuleType, case: Case) -> bool:
     )
 
 
-def kernels(path: Path, *changes: tuple[str, str]) -> ModuleType:
-    """The pooling kernels with changes to their source."""
-    source = Path(pooling.__file__).read_text()
-    for before, after in changes:
-        assert source.count(before) == 1, f"the kernels no longer have this once: {before}"
-        source = source.replace(before, after)
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_found(bug: str, tmp_path: Path) -> None:
     make_case, before, after = BUGS[bug]
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
-        assert not gives_itself_away(kernels(tmp_path / "sound.py", SHORT_PIECES), make_case())
-        assert gives_itself_away(kernels(tmp_path / "broken.py", SHORT_PIECES, (before, after)), make_case())
+        assert not gives_itself_away(changed(pooling, tmp_path / "sound.py", SHORT_PIECES), make_case())
+        assert gives_itself_away(changed(pooling, tmp_path / "broken.py", SHORT_PIECES, (before, after)), make_case())
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,9 +1,7 @@
 """The Triton search kernels, run by the mended interpreter, against the reference: every id and bit of a score."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -11,6 +9,7 @@ import interpreter
 import pytest
 import torch
 import triton
+from changed_kernels import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import assert_equals_reference, encoded, packed, scalar_codes, searches
@@ -189,23 +188,10 @@ BUGS: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str, str]] = {
 }
 
 
-def broken(path: Path, *changes: tuple[str, str]) -> ModuleType:
-    """The kernels with changes to their source."""
-    source = Path(kernels.__file__).read_text()
-    for before, after in changes:
-        assert source.count(before) == 1, f"the kernels no longer have this once: {before}"
-        source = source.replace(before, after)
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_found(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search, *change = BUGS[bug]
     check(search)
-    monkeypatch.setattr(package, "search", broken(tmp_path / "broken.py", change))
+    monkeypatch.setattr(package, "search", changed(kernels, tmp_path / "broken.py", change))
     with pytest.raises((AssertionError, triton.runtime.errors.InterpreterError)):
         check(search)

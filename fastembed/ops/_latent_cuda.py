@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import _native
 from ._cuda import current_stream
+from ._dtypes import DTYPE_CODES
 from ._latent_heads import heads_each
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,7 @@ def gated_means(values: Tensor, gates: Tensor, bias: Tensor, gate_bias: Tensor, 
     if means.numel() > 0:
         with current_stream(values.device) as stream:
             _module().latent_gated_means(
-                _DTYPE_CODES[values.dtype],
+                DTYPE_CODES[values.dtype],
                 values.data_ptr(),
                 gates.data_ptr(),
                 features,
@@ -121,7 +120,7 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, s
     """What every launcher is told of the attention."""
     sizes = [*query.shape[:3], key.shape[2], query.shape[3], value.shape[3]]
     kept = [0, 0, 0] if keep is None else [keep.data_ptr(), *keep.stride()]
-    return _DTYPE_CODES[query.dtype], sizes, *map(_rows, (query, key, value)), kept, scale
+    return DTYPE_CODES[query.dtype], sizes, *map(_rows, (query, key, value)), kept, scale
 
 
 def _rows(x: Tensor) -> list[int]:

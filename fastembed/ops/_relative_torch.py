@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from .._native import core, num_threads
 from ..reference import relative as reference
+from ._dtypes import DTYPE_CODES
 from ._registry import Op
 
 __all__ = ["relative_representations"]
 
 # As csrc/common/dtype.hpp numbers them.
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _cpu(x: Tensor, anchors: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def _cpu(x: Tensor, anchors: Tensor) -> Tensor:
     x, anchors = x.contiguous(), anchors.contiguous()
     core.relative_representations(
         *(x.data_ptr(), x.shape[0], anchors.data_ptr(), anchors.shape[0], x.shape[1]),
-        *(_DTYPE_CODES[x.dtype], cosines.data_ptr(), num_threads()),
+        *(DTYPE_CODES[x.dtype], cosines.data_ptr(), num_threads()),
     )
     return cosines
 
@@ -51,7 +51,7 @@ relative_representations = Op(
     "relative_representations(Tensor x, Tensor anchors) -> Tensor",
     implementations={"cpu": _cpu, "reference": reference.relative_representations},
     fake=_fake,
-    accepts={"cpu": frozenset(_DTYPE_CODES)},
+    accepts={"cpu": frozenset(DTYPE_CODES)},
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from .._native import core, num_threads
 from ..reference import latent as reference
 from . import _latent_cuda
+from ._dtypes import DTYPE_CODES
 from ._registry import Op
 from .pooling import pool_exits
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 # Tokens that go through the block together. The activations of a tile stay in the last-level cache while the weights
@@ -80,7 +80,7 @@ def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
     packed = weight.new_empty(shape)
     source = weight.float().contiguous()
     core.latent_to_panels(
-        source.data_ptr(), rows, features, gated, _DTYPE_CODES[weight.dtype], packed.data_ptr(), num_threads()
+        source.data_ptr(), rows, features, gated, DTYPE_CODES[weight.dtype], packed.data_ptr(), num_threads()
     )
     return packed
 
@@ -134,7 +134,7 @@ class Tiles:
             rows = min(TILE_TOKENS, tokens - first)
             core.latent_attend(
                 self.x.data_ptr() + first * self.x.stride(0) * self.x.element_size(),
-                _DTYPE_CODES[self.x.dtype],
+                DTYPE_CODES[self.x.dtype],
                 self.x.stride(0),
                 first,
                 rows,
@@ -143,7 +143,7 @@ class Tiles:
                 self.scores.data_ptr(),
                 self.score_bias.data_ptr(),
                 self.values.data_ptr(),
-                _DTYPE_CODES[self.scores.dtype],
+                DTYPE_CODES[self.scores.dtype],
                 len(self.score_bias),
                 self.heads,
                 self.eps,
@@ -171,7 +171,7 @@ def _check(
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must have shape [tokens, dim], got {list(x.shape)}")
-    if x.dtype not in (*_DTYPE_CODES, torch.float64):
+    if x.dtype not in (*DTYPE_CODES, torch.float64):
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must be int64 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
@@ -248,7 +248,7 @@ def _cpu(
             x.shape[1],
             tiles.offsets.data_ptr(),
             hidden_weight.data_ptr(),
-            _DTYPE_CODES[hidden_weight.dtype],
+            DTYPE_CODES[hidden_weight.dtype],
             hidden_bias.data_ptr(),
             hidden,
             gated_sums.data_ptr(),
@@ -325,5 +325,5 @@ _latent_pool = Op(
     "Tensor hidden_weight, Tensor hidden_bias, int heads, float eps) -> (Tensor, Tensor)",
     implementations={"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference},
     fake=_fake,
-    accepts={backend: frozenset(_DTYPE_CODES) for backend in ("cpu", "cuda", "triton")},
+    accepts={backend: frozenset(DTYPE_CODES) for backend in ("cpu", "cuda", "triton")},
 )

@@ -11,6 +11,7 @@ from .._native import core, num_threads
 from ..reference import pooling as reference
 from . import _pooling_checks as checks
 from ._cuda import current_stream
+from ._dtypes import DTYPE_CODES
 from ._pooling_checks import MODES
 from ._registry import Op
 
@@ -166,9 +167,8 @@ def _nested(run: Callable[..., list[Tensor]], at: int = 4) -> Callable[..., list
 
 
 _MODE_CODES = {mode: code for code, mode in enumerate(MODES)}  # Mode in csrc/pooling/pooling.hpp
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dtype.hpp
 
-_OUTPUT_CODES = {**_DTYPE_CODES, torch.int8: 3, torch.uint8: 4}  # OutputType in csrc/pooling/kernels.hpp
+_OUTPUT_CODES = {**DTYPE_CODES, torch.int8: 3, torch.uint8: 4}  # OutputType in csrc/pooling/kernels.hpp
 
 # How csrc/pooling reads a mask of any dtype: the element's size, its bits for 1, and its bits for -0.0.
 _MASK_BITS = {
@@ -301,7 +301,7 @@ class _NativeCall:
             mask,
             offsets,
             _MODE_CODES[mode] if isinstance(mode, str) else [_MODE_CODES[one] for one in mode],
-            _DTYPE_CODES[dtype],
+            DTYPE_CODES[dtype],
             _OUTPUT_CODES[out_dtype],
             normalize,
         )
@@ -376,8 +376,8 @@ class _NativeBackward:
             mask,
             offsets,
             _MODE_CODES[mode],
-            _DTYPE_CODES[dtype],
-            _DTYPE_CODES[grads[0].dtype],
+            DTYPE_CODES[dtype],
+            DTYPE_CODES[grads[0].dtype],
             normalize,
         )
 

@@ -10,6 +10,7 @@ from .. import _native, backends
 from .._native import core
 from ..reference import qmatmul as reference
 from ._cuda import current_stream
+from ._dtypes import DTYPE_CODES
 from ._registry import Op, is_plain_eager
 
 EPILOGUES = (None, "gelu", "gelu_tanh", "relu", "silu")
@@ -20,7 +21,6 @@ GROUP_MULTIPLE = 16
 MAX_GROUP_FEATURES = 65536
 
 # As csrc/common/dtype.hpp numbers them.
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As csrc/qmatmul/kernels.hpp numbers them.
 _NO_ZEROS, _CODE_ZEROS, _FRACTIONAL_ZEROS = range(3)
 
@@ -109,7 +109,7 @@ def _check_weight(
     if min(group_size, k) > MAX_GROUP_FEATURES:
         raise ValueError(f"group_size must be at most {MAX_GROUP_FEATURES} for {k} in_features, got {group_size}")
     per_group = (panels, -(-k // group_size), reference.PANEL)
-    if scales.dtype not in _DTYPE_CODES:
+    if scales.dtype not in DTYPE_CODES:
         raise TypeError(f"scales must be float32, bfloat16 or float16, got {scales.dtype}")
     _check_tensor("scales", scales, per_group, scales.dtype, codes.device)
     if zeros is not None:
@@ -121,7 +121,7 @@ def _check_weight(
 def _check_bias(bias: Tensor | None, out_features: int, device: torch.device) -> None:
     if bias is None:
         return
-    if bias.dtype not in _DTYPE_CODES:
+    if bias.dtype not in DTYPE_CODES:
         raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}")
     _check_tensor("bias", bias, (out_features,), bias.dtype, device)
 
@@ -149,7 +149,7 @@ def _check(
     activations: str,
 ) -> None:
     check_configuration(bits, group_size, epilogue, activations)
-    if x.dtype not in _DTYPE_CODES:
+    if x.dtype not in DTYPE_CODES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0:
         raise wrong_features(x, codes.shape[1] * reference.QUAD)
@@ -204,13 +204,13 @@ class Layer:
             out_features,
             _address(self._kept[0]),
             _address(self._kept[1]),
-            _DTYPE_CODES[scales.dtype],
+            DTYPE_CODES[scales.dtype],
             _address(self._kept[2]),
             _kind(zeros),
             bits,
             group_size,
             _address(self._kept[3]),
-            0 if bias is None else _DTYPE_CODES[bias.dtype],
+            0 if bias is None else DTYPE_CODES[bias.dtype],
             EPILOGUES.index(epilogue),
             ACTIVATIONS.index(activations),
         )
@@ -255,7 +255,7 @@ class Layer:
         if residual is not None:
             residual = residual.contiguous()
         address = 0 if residual is None else residual.data_ptr()
-        self.handle(rows.data_ptr(), _DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), get_num_threads())
+        self.handle(rows.data_ptr(), DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), get_num_threads())
         return y
 
 
@@ -286,7 +286,7 @@ def run_together(layers: Sequence[Layer], x: Tensor) -> tuple[Tensor, ...]:
     core.qlinears(
         [(layer.handle, y.data_ptr()) for layer, y in zip(layers, outputs, strict=True)],
         rows.data_ptr(),
-        _DTYPE_CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
         rows.shape[0],
         rows.stride(0),
         torch.get_num_threads(),
@@ -298,7 +298,7 @@ def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:
     """Whether x may go straight to a prepared layer: plain eager inference on the CPU, with no other backend forced."""
     return (
         x.is_cpu
-        and x.dtype in _DTYPE_CODES
+        and x.dtype in DTYPE_CODES
         and is_plain_eager((x,) if bias is None else (x, bias))
         and backends.requested_backend() in (None, "cpu")
     )
@@ -368,19 +368,19 @@ def _cuda(
         workspace = x.new_empty(needed, dtype=torch.uint8)
         cuda.qlinear(
             rows.data_ptr(),
-            _DTYPE_CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
             rows.shape[0],
             x.shape[-1],
             rows.stride(0),
             codes.data_ptr(),
             scales.data_ptr(),
-            _DTYPE_CODES[scales.dtype],
+            DTYPE_CODES[scales.dtype],
             _address(zeros),
             _kind(zeros),
             bits,
             group_size,
             _address(bias),
-            0 if bias is None else _DTYPE_CODES[bias.dtype],
+            0 if bias is None else DTYPE_CODES[bias.dtype],
             out_features,
             EPILOGUES.index(epilogue),
             _address(residual),

@@ -1,6 +1,9 @@
 // Bit planes of codes as bytes, by GFNI: the transpose of 8 x 8 bits is a product of matrices of bits. Included in the
 // anonymous namespace of the level, after dwords_avx512vnni.inl.
 
+// As how many planes a code of so many bits is taken: a power of two.
+constexpr int planes_of(int bits) { return bits <= 2 ? bits : bits <= 4 ? 4 : 8; }
+
 // `bits` planes of a code, taken as `planes` of them with zeros for those above, `piece` bytes of each at a time. A
 // register then holds a byte for `fields` dimensions, `planes` bits each, the first of them lowest: byte t of word k
 // has dimension t of plane bytes k * fields and following.
@@ -16,26 +19,26 @@ struct Unpack {
   static inline __attribute__((always_inline)) __m512i load_pieces(const uint8_t* code, int64_t plane_bytes,
                                                                    int64_t left) {
     const __mmask64 mask = whole ? ~__mmask64{0} : first_bytes(left);
-    const uint8_t* const first = code - (planes - bits) * plane_bytes;
+    const auto plane_of = [=](int i) { return code + (i - (planes - bits)) * plane_bytes; };
     if constexpr (planes == 1) {
       return load_bytes(code, mask);
     } else if constexpr (planes == 2) {
       const auto plane = [&](int i) {
         return i < planes - bits ? _mm256_setzero_si256()
-                                 : _mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), first + i * plane_bytes);
+                                 : _mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), plane_of(i));
       };
       return _mm512_inserti64x4(_mm512_castsi256_si512(plane(0)), plane(1), 1);
     } else {
       const auto quarter = [&](int i) {
         if constexpr (planes == 4) {
           if (i < planes - bits) return _mm_setzero_si128();
-          const uint8_t* const from = first + i * plane_bytes;
+          const uint8_t* const from = plane_of(i);
           return whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))
                        : _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), from);
         } else {
           const auto half = [&](int plane) {
             if (plane < planes - bits) return _mm_setzero_si128();
-            const uint8_t* const from = first + plane * plane_bytes;
+            const uint8_t* const from = plane_of(plane);
             return whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))
                          : _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), from);
           };
@@ -227,7 +230,7 @@ void multiply_planes(const Rows& codes, int bits, const uint8_t* query, int32_t*
 // two, as are their sums. A plane is `fixed` pieces, or with 0 any number of bytes.
 template <int bits, int fixed>
 void multiply_levels_of(const Rows& codes, const uint8_t* query, int32_t* sums) {
-  constexpr int planes = bits <= 2 ? bits : bits <= 4 ? 4 : 8;
+  constexpr int planes = planes_of(bits);
   using Planes = Unpack<bits, planes>;
   constexpr int fields = Planes::fields;
   constexpr int64_t piece = Planes::piece;
@@ -266,7 +269,7 @@ void multiply_levels_of(const Rows& codes, const uint8_t* query, int32_t* sums) 
 
 template <int bits>
 void multiply_levels_by(const Rows& codes, const uint8_t* query, int32_t* sums) {
-  constexpr int64_t piece = 64 / (bits <= 2 ? bits : bits <= 4 ? 4 : 8);
+  constexpr int64_t piece = Unpack<bits, planes_of(bits)>::piece;
   const int64_t plane_bytes = codes.bytes / bits;
   switch (plane_bytes % piece == 0 ? plane_bytes / piece : 0) {
     case 1:
@@ -300,10 +303,16 @@ int64_t dim_of_row_level_of(int64_t index) {
 }
 
 int64_t dim_of_row_level(int64_t index, int bits) {
-  return bits == 1   ? dim_of_row_level_of<1>(index)
-         : bits == 2 ? dim_of_row_level_of<2>(index)
-         : bits <= 4 ? dim_of_row_level_of<4>(index)
-                     : dim_of_row_level_of<8>(index);
+  switch (planes_of(bits)) {
+    case 1:
+      return dim_of_row_level_of<1>(index);
+    case 2:
+      return dim_of_row_level_of<2>(index);
+    case 4:
+      return dim_of_row_level_of<4>(index);
+    default:
+      return dim_of_row_level_of<8>(index);
+  }
 }
 
 void offer_sums(const int32_t* sums, int64_t count, uint32_t first_id, const float* inverse_norms,

@@ -47,8 +47,8 @@ struct QueryGroup {
   const int32_t* constants;    // SDC by levels only
 };
 
-// One query against rows as they lie, for which packing would not pay: sums of products, room for a whole number of
-// 16 of them, and the offer of codes by these.
+// One query against rows as they lie, for which packing would not pay: sums of products, with the room of
+// row_sums_room, and the offer of codes by these.
 struct RowKernels {
   // 1 or 2 bits; `query` is a row. The dot product of levels is  largest + 2 sum,  of the largest one there is.
   void (*multiply_planes)(const Rows& codes, int bits, const uint8_t* query, int32_t* sums);
@@ -60,6 +60,9 @@ struct RowKernels {
   void (*offer)(const int32_t* sums, int64_t count, uint32_t first_id, const float* inverse_norms,
                 float query_inverse_norm, int32_t constant, Candidates& candidates);
 };
+
+// Sums are written and read 16 at a time.
+constexpr int64_t row_sums_room(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 // Bytes for 8 dimensions stand for each byte of a plane, for a whole number of 64 plane bytes.
 constexpr int64_t row_level_bytes(int64_t plane_bytes) { return (plane_bytes + 63) / 64 * 64 * 8; }

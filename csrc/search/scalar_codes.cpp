@@ -178,13 +178,14 @@ void search(const ScalarMatrix& queries, const ScalarMatrix& codes, const Select
   const Codes selected(codes.codes, codes.factors, scalar_factors, selection, rows, schedule.workers());
   const Buffer<uint8_t> blocks(schedule.workers() * products.block_bytes());
   const Buffer<float> block_factors(schedule.workers() * rows * scalar_factors);
-  const Buffer<int32_t> row_products(schedule.workers() * 2 * rows);
+  const int64_t room = row_sums_room(rows);
+  const Buffer<int32_t> row_products(schedule.workers() * 2 * room);
   const ScalarKernels& isa = scalar_kernels.active();
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
     const BlockFactors laid_out = {block_factors.at(worker * rows * scalar_factors), rows};
     if (products.can_take_rows() && piece.member_count == 1) {
       const int64_t query = batch.first_query + piece.members[0];
-      int32_t* const of_parts[] = {row_products.at(2 * worker * rows), row_products.at((2 * worker + 1) * rows)};
+      int32_t* const of_parts[] = {row_products.at(2 * worker * room), row_products.at((2 * worker + 1) * room)};
       for (int64_t first = piece.first; first < piece.last; first += rows) {
         const Block block = {
             nullptr, std::min(rows, piece.last - first), static_cast<uint32_t>(first), nullptr, 0, nullptr, 0};

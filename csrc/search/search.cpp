@@ -84,7 +84,8 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
   const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
   const Codes selected(codes.codes, codes.inverse_norms, 1, selection, rows, schedule.workers());
   const Buffer<Word> blocks(schedule.workers() * rows * words);
-  const Buffer<int32_t> sums(schedule.workers() * rows);
+  const int64_t sums_room = row_sums_room(rows);
+  const Buffer<int32_t> sums(schedule.workers() * sums_room);
   const auto scan = [&](const Batch& batch, const Piece& piece, Candidates* candidates, int64_t worker) {
     if (row_kernels != nullptr && piece.member_count == 1) {
       const uint32_t member = piece.members[0];
@@ -92,7 +93,7 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
       for (int64_t first = piece.first; first < piece.last; first += rows) {
         const int64_t count = std::min(rows, piece.last - first);
         const Codes::Some some = selected.at(first, count, worker);
-        int32_t* const of_rows = sums.at(worker * rows);
+        int32_t* const of_rows = sums.at(worker * sums_room);
         multiply_rows(some.rows, query, of_rows);
         row_kernels->offer(of_rows, count, static_cast<uint32_t>(first), some.factors, queries.inverse_norms[query],
                            constants[query], candidates[member]);

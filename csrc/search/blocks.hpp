@@ -21,6 +21,11 @@ inline constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, &avx2::ker
 inline constexpr KernelsByIsa<Kernels> kernels = {{&generic::kernels, nullptr, nullptr, nullptr}};
 #endif
 
+// The kernels for a query that is alone with codes, where there are any and that can be.
+inline const RowKernels* kernels_for_one(int64_t queries, const Selection& selection) {
+  return queries == 1 || selection.has_ranges() ? kernels.active().rows : nullptr;
+}
+
 // Codes that a block holds: they and the queries they meet stay in the first-level cache.
 constexpr int64_t block_bytes = 32 << 10;
 

@@ -127,6 +127,7 @@ void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selectio
 void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
                    int64_t k, float* scores, int64_t* ids, int threads) {
   const Kernels& isa = kernels.active();
+  const RowKernels* const row_kernels = kernels_for_one(queries.codes.rows, selection);
   const int64_t words = bits * words_of(codes.codes.bytes / bits);
   const Buffer<uint64_t> packed_queries(queries.codes.rows * words);
   generic::kernels.pack_planes(all_rows(queries.codes), bits, packed_queries.at(0));
@@ -134,9 +135,10 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   search_sdc<uint64_t>(
       queries, codes, selection, k, scores, ids, threads, words, isa.bit_lanes, packed_queries.at(0), words,
       largest.data(), [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
-      [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); }, isa.rows,
+      [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); },
+      row_kernels,
       [&](const Rows& some, int64_t query, int32_t* sums) {
-        isa.rows->multiply_planes(some, bits, queries.codes.data + query * queries.codes.stride, sums);
+        row_kernels->multiply_planes(some, bits, queries.codes.data + query * queries.codes.stride, sums);
       });
 }
 
@@ -163,7 +165,7 @@ void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   const int64_t plane_bytes = codes.codes.bytes / bits;
   const int64_t words = level_words(plane_bytes);
   // With more bits the sum of a code enters its products, which rows do not have beside them.
-  const RowKernels* const row_kernels = bits <= 4 ? isa.rows : nullptr;
+  const RowKernels* const row_kernels = bits <= 4 ? kernels_for_one(queries.codes.rows, selection) : nullptr;
   const LevelOrder order(words * 8, dim, [&](int64_t index) { return isa.dim_of_level(index, bits > 4); });
   const LevelOrder row_order(row_kernels == nullptr ? 0 : row_level_bytes(plane_bytes), dim,
                              [&](int64_t index) { return row_kernels->dim_of_level(index, bits); });

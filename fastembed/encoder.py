@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_integer
 from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
 from .nn.mix import LayerMix
 from .ops._pooling_checks import check_modes, flat_mask
-from .ops._search_checks import check_integer
 from .ops.pooling import finish_pooled, pool_exits
 
 if TYPE_CHECKING:

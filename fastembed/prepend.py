@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_integer
 from .encoder import MultiExitEncoder, is_sentence_transformer
 from .integrations.backbones import Backbone, find_backbone
-from .ops import _search_checks as checks
 
 
 @contextmanager
@@ -78,11 +78,11 @@ def prepend_token(
         ("exit", exit, 1, depth),
         ("output_layer", output_layer, -depth - 1, depth),
     ):
-        checks.check_integer(name, value, smallest, largest)
+        check_integer(name, value, smallest, largest)
     if start >= exit:
         raise ValueError(f"start must be below exit, got {start} and {exit}")
     table = _token_embeddings(backbone)
-    checks.check_integer("token_id", token_id, 0, None if embedding is not None else table.weight.shape[0] - 1)
+    check_integer("token_id", token_id, 0, None if embedding is not None else table.weight.shape[0] - 1)
     if embedding is not None:
         if not isinstance(embedding, Tensor):
             raise TypeError(f"embedding must be a tensor, got {type(embedding).__name__}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import _native, backends
-from ..ops import _search_checks as checks
+from .._checks import check_integer
 from ..ops.search import SDCCodes, rescore
 from . import _file, _inputs
 from ._file import damaged
@@ -168,7 +168,7 @@ class CodeIndex:
 
     def split(self, count: int) -> list[Self]:
         """`count` indexes with the settings of this one that hold its rows, consecutive ids in each, in equal parts."""
-        checks.check_integer("count", count, 1)
+        check_integer("count", count, 1)
         run, next_id = self._merged_run(), self._state.next_id
         parts = []
         every_id = run.id_array
@@ -192,7 +192,7 @@ class CodeIndex:
         codes = self._codes.encode("queries", given)
         if state.live == 0:
             raise ValueError("k must be at most the number of rows, but the index is empty")
-        checks.check_integer("k", k, 1, state.live)
+        check_integer("k", k, 1, state.live)
         if vectors is not None and len(vectors) != len(codes["codes"]):
             raise ValueError(
                 f"vectors must have a row for each of the {len(codes['codes'])} queries, got {len(vectors)}"
@@ -225,7 +225,7 @@ class CodeIndex:
 
     def _query_vectors(self, queries: Any, vectors: Any, rescore_multiplier: int) -> np.ndarray | None:
         """The vectors to re-score with, or None for no re-scoring."""
-        checks.check_integer("rescore_multiplier", rescore_multiplier, 0)
+        check_integer("rescore_multiplier", rescore_multiplier, 0)
         if self._vectors is None or rescore_multiplier == 0:
             if vectors is not None:
                 raise ValueError("vectors must be None where nothing is re-scored")
@@ -302,7 +302,7 @@ class CodeIndex:
             )
         try:
             index = cls._from_settings(settings, arrays)
-            checks.check_integer("next_id", next_id, 0, _inputs.LARGEST_ID + 1)
+            check_integer("next_id", next_id, 0, _inputs.LARGEST_ID + 1)
             run = index._run_of(arrays, next_id, first_id, verified)
         except (TypeError, ValueError, KeyError) as error:
             raise damaged(path, str(error)) from error
@@ -335,7 +335,7 @@ class CodeIndex:
         if first_id is None:
             expected["ids"] = Column(np.int64)
         else:
-            checks.check_integer("first_id", first_id, 0, next_id - count)
+            check_integer("first_id", first_id, 0, next_id - count)
         if arrays.keys() != expected.keys():
             raise ValueError(f"it has arrays {sorted(arrays)} where {sorted(expected)} belong")
         for name, column in expected.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import UINT8, check_array, check_integer
 from ..ops import _search_checks as checks
 from ..ops import search as ops
 from ..ops.search import SDCCodes
@@ -42,10 +43,10 @@ class CodeFormat:
     metric: str
 
     def __post_init__(self) -> None:
-        checks.check_integer("dim", self.dim, 1)
+        check_integer("dim", self.dim, 1)
         if self.metric not in METRICS:
             raise ValueError(f"metric must be 'hamming' or 'sdc', got {self.metric!r}")
-        checks.check_integer("bits", self.bits, 1, checks.MAX_SDC_BITS)
+        check_integer("bits", self.bits, 1, checks.MAX_SDC_BITS)
         if self.metric == "hamming" and self.bits != 1:
             raise ValueError(f"bits must be 1 for metric 'hamming', got {self.bits}")
 
@@ -131,7 +132,7 @@ class CodeFormat:
 
     def check_radius(self, radius: Any) -> None:
         if self.metric == "hamming":
-            checks.check_integer("radius", radius, 0)
+            check_integer("radius", radius, 0)
         elif isinstance(radius, bool) or not isinstance(radius, int | float | np.integer | np.floating):
             raise TypeError(f"radius must be a number, got {radius!r}")
         elif np.isnan(radius):
@@ -156,7 +157,7 @@ class CodeFormat:
             raise ValueError("inverse_norms must be finite and positive")
 
     def _check_codes(self, name: str, codes: np.ndarray) -> None:
-        checks.check_array(name, codes, 2, checks.UINT8)
+        check_array(name, codes, 2, UINT8)
         if codes.shape[1] != self.width:
             raise ValueError(f"{name} must have the {self.width} bytes of the index, got {codes.shape[1]}")
         padding = 0xFF >> ((self.dim - 1) % 8 + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _native
-from ..ops import _search_checks as checks
+from .._checks import FLOATS, check_array
 from ..ops.search import SDCCodes
 from ._rows import Filter
 
@@ -38,7 +38,7 @@ def is_codes(x: Any) -> bool:
 
 def check_vectors(name: str, x: Any, dim: int) -> np.ndarray:
     """The finite real vectors x [N, dim]."""
-    checks.check_array(name, x, 2, checks.FLOATS)
+    check_array(name, x, 2, FLOATS)
     if x.shape[1] != dim:
         raise ValueError(f"{name} must have the {dim} dims of the index, got {x.shape[1]}")
     for start, chunk in row_chunks(x):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ops import _search_checks as checks
+from .._checks import check_integer
 from ..ops._search_numpy import lists_topk
 from . import _inputs
 from ._base import CodeIndex
@@ -57,11 +57,11 @@ class IVFBinaryIndex(CodeIndex):
         rescore: str | None = None,
     ) -> None:
         super().__init__(dim, bits, metric, rescore)
-        checks.check_integer("lists", lists, 1)
+        check_integer("lists", lists, 1)
         if centroids not in _CENTROIDS:
             raise ValueError(f"centroids must be 'binary' or 'float', got {centroids!r}")
         nprobe = min(16, lists) if nprobe is None else nprobe
-        checks.check_integer("nprobe", nprobe, 1, lists)
+        check_integer("nprobe", nprobe, 1, lists)
         self.lists, self.nprobe = lists, nprobe
         self._centroid_kind = centroids
         self._centroids: Centroids | None = None
@@ -93,8 +93,8 @@ class IVFBinaryIndex(CodeIndex):
         """
         given = _inputs.to_numpy("x", x)
         columns = self._codes.encode("x", given)
-        checks.check_integer("iterations", iterations, 0)
-        checks.check_integer("seed", seed, 0)
+        check_integer("iterations", iterations, 0)
+        check_integer("seed", seed, 0)
         count = len(columns["codes"])
         if count < self.lists:
             raise ValueError(f"x must have at least a row for each of the {self.lists} lists, got {count}")
@@ -152,7 +152,7 @@ class IVFBinaryIndex(CodeIndex):
 
     def _checked_nprobe(self, nprobe: int | None) -> int:
         nprobe = self.nprobe if nprobe is None else nprobe
-        checks.check_integer("nprobe", nprobe, 1, self.lists)
+        check_integer("nprobe", nprobe, 1, self.lists)
         return nprobe
 
     def _best_rows(

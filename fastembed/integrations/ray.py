@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import check_integer
 from ..index import load_index
 from ..index._base import like_queries
 from ..index._inputs import to_numpy
 from ..index._searching import best_by_id
-from ..ops import _search_checks as checks
 
 
 class ShardedIndex:
@@ -72,7 +72,7 @@ class ShardedIndex:
         """
         import ray
 
-        checks.check_integer("k", k, 1, len(self))
+        check_integer("k", k, 1, len(self))
         given = ray.put(to_numpy("queries", queries))
         how = {name: to_numpy(name, value) if hasattr(value, "detach") else value for name, value in how.items()}
         calls = [

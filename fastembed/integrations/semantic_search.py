@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import FLOATS, are_tensors, check_array, check_integer
 from ..index import BinaryIndex, IVFBinaryIndex
 from ..nn.binarizer import check_finite
 from ..ops import _search_checks as checks
@@ -44,16 +45,16 @@ def semantic_search(
     """
     if isinstance(corpus_embeddings, BinaryIndex | IVFBinaryIndex):
         return _search_index(corpus_embeddings, query_embeddings, top_k, rescore_multiplier)
-    checks.are_tensors(query_embeddings=query_embeddings, corpus_embeddings=corpus_embeddings)
+    are_tensors(query_embeddings=query_embeddings, corpus_embeddings=corpus_embeddings)
     if query_embeddings.ndim == 1:
         query_embeddings = query_embeddings[None]
     queries = _unit_rows("query_embeddings", query_embeddings)
     corpus = _unit_rows("corpus_embeddings", corpus_embeddings)
     if queries.shape[1] != corpus.shape[1]:
         raise ValueError(f"query_embeddings must have the {corpus.shape[1]} dims of the corpus, got {queries.shape[1]}")
-    checks.check_integer("top_k", top_k, 1)
-    checks.check_integer("bits", bits, 1, checks.MAX_SDC_BITS)
-    checks.check_integer("rescore_multiplier", rescore_multiplier, 1)
+    check_integer("top_k", top_k, 1)
+    check_integer("bits", bits, 1, checks.MAX_SDC_BITS)
+    check_integer("rescore_multiplier", rescore_multiplier, 1)
     if len(corpus) == 0:
         return [[] for _ in queries]
     k = min(top_k, len(corpus))
@@ -64,12 +65,12 @@ def semantic_search(
 def _search_index(
     index: BinaryIndex | IVFBinaryIndex, queries: Any, top_k: int, rescore_multiplier: int
 ) -> list[list[dict[str, int | float]]]:
-    if checks.are_tensors(query_embeddings=queries):
+    if are_tensors(query_embeddings=queries):
         queries = queries.detach()
     if queries.ndim == 1:
         queries = queries[None]
-    checks.check_integer("top_k", top_k, 1)
-    checks.check_integer("rescore_multiplier", rescore_multiplier, 1)
+    check_integer("top_k", top_k, 1)
+    check_integer("rescore_multiplier", rescore_multiplier, 1)
     if len(index) == 0:
         return [[] for _ in queries]
     return _hits(*search_cosines(index, queries, min(top_k, len(index)), rescore_multiplier=rescore_multiplier))
@@ -83,7 +84,7 @@ def _hits(scores: Any, ids: Any) -> list[list[dict[str, int | float]]]:
 
 
 def _unit_rows(name: str, x: Any) -> Tensor:
-    checks.check_array(name, x, 2, checks.FLOATS)
+    check_array(name, x, 2, FLOATS)
     tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
     check_finite(name, tensor)
     return F.normalize(tensor.float())

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import UINT8, check_array, check_integer
 from ..index._inputs import to_numpy
 from ..ops import _search_checks as checks
 
@@ -71,9 +72,9 @@ def _checked(codes: Any, dim: int | None) -> np.ndarray:
     codes = to_numpy("codes", codes)
     if not isinstance(codes, np.ndarray):
         raise TypeError(f"codes must be a NumPy array or a tensor, got {type(codes).__name__}")
-    checks.check_array("codes", codes, 2, checks.UINT8)
+    check_array("codes", codes, 2, UINT8)
     if dim is not None:
-        checks.check_integer("dim", dim, 1)
+        check_integer("dim", dim, 1)
         if codes.shape[1] != checks.code_bytes(dim):
             raise ValueError(f"codes must be {checks.code_bytes(dim)} bytes wide for dim {dim}, got {codes.shape[1]}")
     return np.ascontiguousarray(codes)

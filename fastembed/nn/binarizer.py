@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import FLOATS, are_tensors, check_array, check_integer
 from .._safetensors import read_safetensors, write_safetensors
-from ..ops import _search_checks as checks
 from ..ops.search import SDCCodes, pack_bits
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -69,11 +69,11 @@ class RecurrentBinarizer(nn.Module):
     ) -> None:
         super().__init__()
         out_dims = in_features if out_dims is None else out_dims
-        checks.check_integer("in_features", in_features, 1)
-        checks.check_integer("out_dims", out_dims, 1)
-        checks.check_integer("bits", bits, 1, _MAX_BITS)
+        check_integer("in_features", in_features, 1)
+        check_integer("out_dims", out_dims, 1)
+        check_integer("bits", bits, 1, _MAX_BITS)
         hidden_dim = 2 * max(in_features, out_dims) if hidden_dim is None else hidden_dim
-        checks.check_integer("hidden_dim", hidden_dim, 0)
+        check_integer("hidden_dim", hidden_dim, 0)
         self.in_features = in_features
         self.out_dims = out_dims
         self.bits = bits
@@ -107,7 +107,7 @@ class RecurrentBinarizer(nn.Module):
         """
         self._check("embeddings", embeddings)
         dims = self.out_dims if dims is None else dims
-        checks.check_integer("dims", dims, 1, self.out_dims)
+        check_integer("dims", dims, 1, self.out_dims)
         device = next(self.parameters()).device
         as_tensors = isinstance(embeddings, Tensor)
         x: Any = embeddings if as_tensors else torch.from_numpy(np.ascontiguousarray(embeddings))
@@ -192,8 +192,8 @@ class RecurrentBinarizer(nn.Module):
         return b
 
     def _check(self, name: str, x: Any) -> None:
-        checks.are_tensors(**{name: x})
-        checks.check_array(name, x, 2, checks.FLOATS)
+        are_tensors(**{name: x})
+        check_array(name, x, 2, FLOATS)
         if x.shape[1] != self.in_features:
             raise ValueError(f"{name} must have {self.in_features} columns, got {list(x.shape)}")
 

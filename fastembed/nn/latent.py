@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import check_integer
 from ..ops import latent as ops
 from ..ops._pooling_checks import flat_mask
-from ..ops._search_checks import check_integer
 from ..ops.latent_attention import has_kernels, latent_attention
 from ..ops.qmatmul import whole_row
 from ..reference import latent as reference

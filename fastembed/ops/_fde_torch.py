@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import raise_not_finite
 from .._native import core, num_threads
 from ..reference import fde as reference
-from . import _search_checks as checks
 from ._registry import Op
 
 
@@ -43,7 +43,7 @@ def _cpu(
         *(dim, repetitions, bits, block_dim, final_dim),
         *(documents, encodings.data_ptr(), num_threads()),
     )
-    checks.raise_not_finite(first_bad, "tokens")
+    raise_not_finite(first_bad, "tokens")
     return encodings
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .._checks import FLOAT32, FLOATS, UINT8, are_tensors, check_array, check_integer
 from . import _search_checks as checks
 
 # As csrc/search/scalar_codes.hpp numbers them.
@@ -22,8 +23,8 @@ def max_dim(bits: int) -> int:
 def check_settings(dim: Any, bits: Any, method: Any, metric: Any, most_bits: int) -> None:
     check_name("method", method, METHODS)
     check_name("metric", metric, METRICS)
-    checks.check_integer("bits", bits, 1, 1 if method == "sign" else most_bits)
-    checks.check_integer("dim", dim, 1, max_dim(bits))
+    check_integer("bits", bits, 1, 1 if method == "sign" else most_bits)
+    check_integer("dim", dim, 1, max_dim(bits))
 
 
 def check_name(what: str, value: Any, names: dict[str, int]) -> None:
@@ -32,25 +33,25 @@ def check_name(what: str, value: Any, names: dict[str, int]) -> None:
 
 
 def check_encode(x: Any, centroid: Any, signs: Any, bits: int, method: str, metric: str) -> None:
-    checks.check_array("x", x, 2, checks.FLOATS)
+    check_array("x", x, 2, FLOATS)
     dim = x.shape[1]
     check_settings(dim, bits, method, metric, MAX_QUERY_BITS if method == "osq" else MAX_BITS)
     if centroid is not None:
-        checks.check_array("centroid", centroid, 1, checks.FLOAT32)
+        check_array("centroid", centroid, 1, FLOAT32)
         if centroid.shape[0] != dim:
             raise ValueError(f"centroid must have the {dim} dims of x, got {centroid.shape[0]}")
     if signs is not None:
-        checks.check_array("signs", signs, 2, checks.UINT8)
+        check_array("signs", signs, 2, UINT8)
         if tuple(signs.shape) != (ROTATION_ROUNDS, dim):
             raise ValueError(f"signs must have shape [{ROTATION_ROUNDS}, {dim}], got {list(signs.shape)}")
 
 
 def check_codes(codes: Any, factors: Any, bits: Any, dim: Any, most_bits: int = MAX_QUERY_BITS) -> None:
-    checks.are_tensors(codes=codes, factors=factors)
-    checks.check_integer("bits", bits, 1, most_bits)
-    checks.check_integer("dim", dim, 1, max_dim(bits))
-    checks.check_array("codes", codes, 2, checks.UINT8)
-    checks.check_array("factors", factors, 2, checks.FLOAT32)
+    are_tensors(codes=codes, factors=factors)
+    check_integer("bits", bits, 1, most_bits)
+    check_integer("dim", dim, 1, max_dim(bits))
+    check_array("codes", codes, 2, UINT8)
+    check_array("factors", factors, 2, FLOAT32)
     width = bits * checks.code_bytes(dim)
     if codes.shape[1] != width:
         raise ValueError(f"codes must be {width} bytes wide for {bits} bits and dim {dim}, got {codes.shape[1]}")

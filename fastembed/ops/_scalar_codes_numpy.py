@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import raise_not_finite
 from .._native import core, num_threads
 from . import _scalar_codes_checks as scalar_checks
 from . import _search_checks as checks
@@ -26,7 +27,7 @@ def scalar_encode(
         *(bits, scalar_checks.METHODS[method], scalar_checks.METRICS[metric]),
         *(core.address(codes), core.address(factors), num_threads()),
     )
-    checks.raise_not_finite(bad)
+    raise_not_finite(bad)
     return codes, factors
 
 

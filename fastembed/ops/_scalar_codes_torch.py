@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._checks import raise_not_finite
 from .._native import core, num_threads
 from ..reference import scalar_codes as reference
 from ..reference.scalar_codes import scalar_integers
@@ -29,7 +30,7 @@ def _cpu_scalar_encode(
         *(bits, scalar_checks.METHODS[method], scalar_checks.METRICS[metric]),
         *(codes.data_ptr(), factors.data_ptr(), num_threads()),
     )
-    checks.raise_not_finite(bad)
+    raise_not_finite(bad)
     return codes, factors
 
 

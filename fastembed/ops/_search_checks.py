@@ -1,30 +1,23 @@
-"""What the search ops ask of their inputs. Arrays and tensors are checked alike, by the attributes they share."""
+"""What the search ops ask of their inputs."""
 
 from typing import Any
 
-import numpy as np
-
-from .. import _native, backends
+from .._checks import (
+    FLOAT32,
+    FLOATS,
+    INT64,
+    MASKS,
+    UINT8,
+    are_tensors,
+    check_array,
+    check_device,
+    check_dtype,
+    check_integer,
+)
 
 MAX_SDC_BITS = 8
 # Row numbers are 32 bits wide in the kernels.
 MAX_ROWS = 2**32 - 1
-INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
-
-
-def _dtypes(*names: str) -> frozenset[Any]:
-    """The dtypes of these names in NumPy, in native byte order, and in PyTorch."""
-    modules = [module for module in (np, _native.torch) if module is not None]
-    found = [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
-    return frozenset(np.dtype(dtype) if isinstance(dtype, type) else dtype for dtype in found)
-
-
-FLOATS = _dtypes("float32", "float16", "bfloat16", "float64")
-FLOAT32 = _dtypes("float32")
-UINT8 = _dtypes("uint8")
-MASKS = _dtypes("bool", "uint8")
-INT64 = _dtypes("int64")
-OFFSETS = _dtypes("int32", "int64")
 
 
 def code_bytes(dim: int) -> int:
@@ -33,19 +26,19 @@ def code_bytes(dim: int) -> int:
 
 
 def check_pack_bits(x: Any, thresholds: Any) -> None:
-    _check_dtype("x", x, FLOATS)
+    check_dtype("x", x, FLOATS)
     if x.ndim == 0:
         raise ValueError("x must have at least one axis, got a scalar")
     if thresholds is None:
         return
     check_array("thresholds", thresholds, 1, FLOAT32)
-    _check_device(x, thresholds, "thresholds", "x")
+    check_device(x, thresholds, "thresholds", "x")
     if thresholds.shape[0] != x.shape[-1]:
         raise ValueError(f"thresholds must have a value for each of {x.shape[-1]} dims, got {thresholds.shape[0]}")
 
 
 def check_unpack_bits(codes: Any, dim: int) -> None:
-    _check_dtype("codes", codes, UINT8)
+    check_dtype("codes", codes, UINT8)
     if codes.ndim == 0:
         raise ValueError("codes must have at least one axis, got a scalar")
     check_integer("dim", dim, 0)
@@ -68,7 +61,7 @@ def check_hamming_range(queries: Any, codes: Any, radius: int, mask: Any, ids: A
 def _check_hamming(queries: Any, codes: Any) -> None:
     check_array("queries", queries, 2, UINT8)
     check_array("codes", codes, 2, UINT8)
-    _check_device(queries, codes, "codes")
+    check_device(queries, codes, "codes")
     if queries.shape[1] != codes.shape[1]:
         raise ValueError(f"queries must have the {codes.shape[1]} bytes of the codes, got {queries.shape[1]}")
 
@@ -82,15 +75,15 @@ def check_filters(queries: Any, codes: Any, mask: Any, ids: Any, ranges: Any) ->
         if ids is not None:
             raise ValueError("mask and ids must not be given both")
         check_array("mask", mask, 1, MASKS)
-        _check_device(queries, mask, "mask")
+        check_device(queries, mask, "mask")
         if mask.shape[0] != rows:
             raise ValueError(f"mask must have a value for each of the {rows} codes, got {mask.shape[0]}")
     if ids is not None:
         check_array("ids", ids, 1, INT64)
-        _check_device(queries, ids, "ids")
+        check_device(queries, ids, "ids")
     if ranges is not None:
-        check_array("ranges", ranges, 3, INT64)
-        _check_device(queries, ranges, "ranges")
+        check_array("ranges", ranges, 3, INT64, "[queries, ranges per query, 2]")
+        check_device(queries, ranges, "ranges")
         if ranges.shape[0] != queries.shape[0] or ranges.shape[2] != 2:
             raise ValueError(
                 f"ranges must have shape [{queries.shape[0]}, ranges per query, 2] for {queries.shape[0]} queries, "
@@ -158,7 +151,7 @@ def check_sdc_topk(
     check_sdc_codes(queries, query_norms, bits, dim)
     check_sdc_codes(codes, code_norms, bits, dim)
     for other in (query_norms, codes, code_norms):
-        _check_device(queries, other, "codes")
+        check_device(queries, other, "codes")
     check_k(k, codes.shape[0])
     check_filters(queries, codes, mask, ids, ranges)
 
@@ -167,8 +160,8 @@ def check_rescore(queries: Any, documents: Any, candidate_ids: Any, k: int) -> N
     check_array("queries", queries, 2, FLOATS)
     check_array("documents", documents, 2, FLOATS)
     check_array("candidate_ids", candidate_ids, 2, INT64)
-    _check_device(queries, documents, "documents")
-    _check_device(queries, candidate_ids, "candidate_ids")
+    check_device(queries, documents, "documents")
+    check_device(queries, candidate_ids, "candidate_ids")
     if queries.dtype != documents.dtype:
         raise TypeError(f"documents must have the dtype of the queries, {queries.dtype}, got {documents.dtype}")
     if queries.shape[1] != documents.shape[1]:
@@ -188,57 +181,6 @@ def check_candidates(candidate_ids: Any, documents: int) -> None:
     if smallest < 0 or largest >= documents:
         wrong = smallest if smallest < 0 else largest
         raise IndexError(f"candidate_ids must be row numbers of the {documents} documents, got {wrong}")
-
-
-def raise_not_finite(row: int, name: str = "x") -> None:
-    """Raise ValueError unless `row`, the first row found not to be finite, is -1."""
-    if row >= 0:
-        raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
-
-
-def are_tensors(**inputs: Any) -> bool:
-    """Whether the inputs are tensors (rather than arrays). Raises TypeError for anything else, or some of each."""
-    kinds = {_is_tensor(name, value) for name, value in inputs.items()}
-    if len(kinds) > 1:
-        raise TypeError(f"{' and '.join(inputs)} must be all NumPy arrays or all tensors, got both")
-    tensors = kinds.pop()
-    if not tensors and (backend := backends.forced_backend()) not in (None, "cpu"):
-        raise TypeError(f"{' and '.join(inputs)} must be tensors for backend {backend!r}, got NumPy arrays")
-    return tensors
-
-
-def _is_tensor(name: str, value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return False
-    if _native.torch is not None and isinstance(value, _native.torch.Tensor):
-        return True
-    raise TypeError(f"{name} must be a NumPy array or a tensor, got {type(value).__name__}")
-
-
-def check_array(name: str, value: Any, ndim: int, dtypes: frozenset[Any]) -> None:
-    _check_dtype(name, value, dtypes)
-    if value.ndim != ndim:
-        axes = ("[rows]", "[rows, columns]", "[queries, ranges per query, 2]")[ndim - 1]
-        raise ValueError(f"{name} must have shape {axes}, got {list(value.shape)}")
-
-
-def _check_dtype(name: str, value: Any, dtypes: frozenset[Any]) -> None:
-    if value.dtype not in dtypes:
-        names = " or ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
-        raise TypeError(f"{name} must be {names}, got {value.dtype}")
-
-
-def _check_device(reference: Any, other: Any, name: str, of: str = "the queries") -> None:
-    if hasattr(reference, "device") and reference.device != other.device:
-        raise ValueError(f"{name} must be on the device of {of}, {reference.device}, got {other.device}")
-
-
-def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, INTEGERS):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < smallest or (largest is not None and value > largest):
-        expected = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-        raise ValueError(f"{name} must be {expected}, got {value}")
 
 
 def check_k(k: Any, count: int, of: str = "codes") -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import raise_not_finite
 from .._native import core, num_threads
 from . import _search_checks as checks
 
@@ -74,7 +75,7 @@ def sdc_encode(x: Array, bits: int) -> tuple[Array, Array]:
     x = _dense(x, np.float32)
     codes = np.empty((len(x), bits * checks.code_bytes(x.shape[1])), np.uint8)
     inverse_norms = np.empty(len(x), np.float32)
-    checks.raise_not_finite(
+    raise_not_finite(
         core.sdc_encode(
             *(
                 core.address(x),

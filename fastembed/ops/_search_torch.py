@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import raise_not_finite
 from .._native import core, num_threads
 from ..backends import forced_backend, unavailable_reason
 from ..reference import search as reference
@@ -129,7 +130,7 @@ def _range_outputs(queries: Tensor, total: int | torch.SymInt) -> tuple[Tensor, 
 def _cpu_sdc_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes, inverse_norms = _fake_sdc_encode(x, bits)
     x = x.float().contiguous()
-    checks.raise_not_finite(
+    raise_not_finite(
         core.sdc_encode(
             *(x.data_ptr(), x.shape[0], x.shape[1], bits, codes.data_ptr(), inverse_norms.data_ptr(), num_threads())
         )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
+from .._checks import FLOATS, OFFSETS, are_tensors, check_array, check_integer, raise_not_finite
 from .._native import core, num_threads
-from . import _search_checks as checks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,17 +76,17 @@ class FDEMatrices:
         Raises:
             TypeError, ValueError: a number is no integer or outside its range.
         """
-        checks.check_integer("dim", dim, 1)
-        checks.check_integer("repetitions", repetitions, 1)
-        checks.check_integer("bits", bits, 0, MAX_BITS)
+        check_integer("dim", dim, 1)
+        check_integer("repetitions", repetitions, 1)
+        check_integer("bits", bits, 0, MAX_BITS)
         block_dim = dim
         if projection_dim is not None:
-            checks.check_integer("projection_dim", projection_dim, 1, dim)
+            check_integer("projection_dim", projection_dim, 1, dim)
             block_dim = projection_dim
         length = (repetitions << bits) * block_dim
         if final_dim is not None:
-            checks.check_integer("final_dim", final_dim, 1, length)
-        checks.check_integer("seed", seed, 0)
+            check_integer("final_dim", final_dim, 1, length)
+        check_integer("seed", seed, 0)
         generator = np.random.default_rng(seed)
         hyperplanes = generator.standard_normal((dim, repetitions, bits), np.float32)
         projections = buckets = signs = None
@@ -132,7 +132,7 @@ class FDEMatrices:
         _check_matrix("signs", self.signs, np.float32, 1)
         if len(self.buckets) != length or len(self.signs) != length:
             raise ValueError(f"buckets and signs must have length {length}, got {len(self.buckets)}, {len(self.signs)}")
-        checks.check_integer("final_dim", self.final_dim, 1)
+        check_integer("final_dim", self.final_dim, 1)
         if self.buckets.min() < 0 or self.buckets.max() >= self.final_dim:
             raise ValueError(
                 f"buckets must be 0 to {self.final_dim - 1}, got {self.buckets.min()}..{self.buckets.max()}"
@@ -225,12 +225,12 @@ def _encode(tokens: Any, matrices: FDEMatrices, attention_mask: Any, cu_seqlens:
             raise ValueError("attention_mask and cu_seqlens must be None when tokens is a list of sequences")
         tokens, cu_seqlens = _joined(tokens)
     given = {"tokens": tokens, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
-    are_tensors = checks.are_tensors(**{name: value for name, value in given.items() if value is not None})
+    tensors = are_tensors(**{name: value for name, value in given.items() if value is not None})
     packed: Any
     packed, offsets = _packed(tokens, attention_mask, cu_seqlens, matrices.dim)
-    packed = packed.float() if are_tensors else np.require(packed, np.float32, ["C", "A"])
+    packed = packed.float() if tensors else np.require(packed, np.float32, ["C", "A"])
     arrays = [None if value is None else np.require(value, requirements=["C", "A"]) for value in matrices.arrays()]
-    if are_tensors:
+    if tensors:
         return _fde_torch.encode(packed, offsets, arrays, matrices.final_dim, documents)
     encodings = np.empty((len(offsets) - 1, matrices.final_dim), np.float32)
     dim, repetitions, bits = matrices.hyperplanes.shape
@@ -241,7 +241,7 @@ def _encode(tokens: Any, matrices: FDEMatrices, attention_mask: Any, cu_seqlens:
         *(dim, repetitions, bits, matrices.block_dim, matrices.final_dim),
         *(documents, core.address(encodings), num_threads()),
     )
-    checks.raise_not_finite(first_bad, "tokens")
+    raise_not_finite(first_bad, "tokens")
     return encodings
 
 
@@ -249,16 +249,16 @@ def _joined(sequences: Sequence[Any]) -> tuple[Any, Any]:
     """A list of sequences, packed."""
     if not sequences:
         raise ValueError("tokens must hold at least one sequence, got an empty list")
-    are_tensors = checks.are_tensors(**{f"tokens[{i}]": sequence for i, sequence in enumerate(sequences)})
+    tensors = are_tensors(**{f"tokens[{i}]": sequence for i, sequence in enumerate(sequences)})
     for i, sequence in enumerate(sequences):
-        checks.check_array(f"tokens[{i}]", sequence, 2, checks.FLOATS)
+        check_array(f"tokens[{i}]", sequence, 2, FLOATS)
         if sequence.shape[1] != sequences[0].shape[1] or sequence.dtype != sequences[0].dtype:
             raise ValueError(
                 f"tokens must share dim and dtype: tokens[0] is {sequences[0].dtype} {list(sequences[0].shape)}, "
                 f"tokens[{i}] is {sequence.dtype} {list(sequence.shape)}"
             )
     offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
-    if not are_tensors:
+    if not tensors:
         return np.concatenate(sequences), offsets
     torch = _native.torch
     return torch.cat(list(sequences)), torch.from_numpy(offsets).to(sequences[0].device)
@@ -269,15 +269,15 @@ def _packed(tokens: Any, attention_mask: Any, cu_seqlens: Any, dim: int) -> tupl
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask must be None when cu_seqlens is given: packed tokens have no padding")
-        checks.check_array("tokens", tokens, 2, checks.FLOATS)
-        checks.check_array("cu_seqlens", cu_seqlens, 1, checks.OFFSETS)
+        check_array("tokens", tokens, 2, FLOATS)
+        check_array("cu_seqlens", cu_seqlens, 1, OFFSETS, "[batch + 1]")
         _check_dim(tokens, dim)
         offsets = cu_seqlens.astype(np.int64) if isinstance(cu_seqlens, np.ndarray) else cu_seqlens.long()
         ends = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (-1, -1)
         if ends != (0, len(tokens)) or bool((offsets[1:] < offsets[:-1]).any()):
             raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens, got {cu_seqlens}")
         return tokens, offsets
-    checks.check_array("tokens", tokens, 3, checks.FLOATS)
+    check_array("tokens", tokens, 3, FLOATS, "[batch, tokens, dims]")
     _check_dim(tokens, dim)
     batch, length = tokens.shape[:2]
     if attention_mask is None:

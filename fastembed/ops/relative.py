@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
+from .._checks import FLOATS, are_tensors, check_array
 from .._native import core, num_threads
-from . import _search_checks as checks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,9 +48,9 @@ def relative_representations(x: Array, anchors: Array) -> Array:
     Source: Moschella et al., "Relative representations enable zero-shot latent space communication", ICLR 2023,
     arXiv 2209.15430.
     """
-    are_tensors = checks.are_tensors(x=x, anchors=anchors)
+    tensors = are_tensors(x=x, anchors=anchors)
     _check(x, anchors)
-    if are_tensors:
+    if tensors:
         return _relative_torch.relative_representations(x, anchors)
     return _of_arrays(x, anchors)
 
@@ -67,8 +67,8 @@ def _of_arrays(x: Any, anchors: Any) -> Any:
 
 
 def _check(x: Any, anchors: Any) -> None:
-    checks.check_array("x", x, 2, checks.FLOATS)
-    checks.check_array("anchors", anchors, 2, checks.FLOATS)
+    check_array("x", x, 2, FLOATS)
+    check_array("anchors", anchors, 2, FLOATS)
     if x.dtype != anchors.dtype:
         raise TypeError(f"anchors must have the dtype of x, {x.dtype}, got {anchors.dtype}")
     if x.shape[1] != anchors.shape[1]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
+from .._checks import FLOAT32, FLOATS, UINT8, are_tensors, check_array, check_integer
 from . import _scalar_codes_checks as scalar_checks
 from . import _scalar_codes_numpy
 from . import _search_checks as checks
@@ -70,7 +71,7 @@ class ScalarCodes:
             dim: bits of a code.
         """
         ops = _ops(codes=codes)
-        checks.check_array("codes", codes, 2, checks.UINT8)
+        check_array("codes", codes, 2, UINT8)
         checks.check_unpack_bits(codes, dim)
         sums = ops.scalar_integers(codes, 1, dim).sum(1)
         return cls(codes, _factors(0 * sums - 1, 0 * sums + 2, sums, 0 * sums), 1, dim)
@@ -140,12 +141,12 @@ class ScalarQuantizer:
 
     def __post_init__(self) -> None:
         scalar_checks.check_settings(self.dim, self.bits, self.method, self.metric, scalar_checks.MAX_BITS)
-        checks.check_integer("seed", self.seed, 0, 2**32 - 1)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.centroid is None:
             return
-        if checks.are_tensors(centroid=self.centroid):
+        if are_tensors(centroid=self.centroid):
             object.__setattr__(self, "centroid", self.centroid.detach().cpu().numpy())
-        checks.check_array("centroid", self.centroid, 1, checks.FLOAT32)
+        check_array("centroid", self.centroid, 1, FLOAT32)
         if self.centroid.shape[0] != self.dim:
             raise ValueError(f"centroid must have {self.dim} dims, got {self.centroid.shape[0]}")
         if not np.isfinite(self.centroid).all():
@@ -164,8 +165,8 @@ class ScalarQuantizer:
     ) -> ScalarQuantizer:
         """A quantizer whose centroid is the mean of `x`, [N, D] real and finite, N >= 1; with metric "cosine" the mean
         of the vectors scaled to unit length. The rest as for the class."""
-        checks.are_tensors(x=x)
-        checks.check_array("x", x, 2, checks.FLOATS)
+        are_tensors(x=x)
+        check_array("x", x, 2, FLOATS)
         if x.shape[0] == 0:
             raise ValueError("x must have at least one row, got none")
         scalar_checks.check_settings(x.shape[1], bits, method, metric, scalar_checks.MAX_BITS)
@@ -205,7 +206,7 @@ class ScalarQuantizer:
 
     def _encode(self, x: Any, bits: int, method: str) -> ScalarCodes:
         ops = _ops(x=x)
-        checks.check_array("x", x, 2, checks.FLOATS)
+        check_array("x", x, 2, FLOATS)
         if x.shape[1] != self.dim:
             raise ValueError(f"x must have the {self.dim} dims of the quantizer, got {x.shape[1]}")
         centroid, signs = (_like(x, some) for some in (self.centroid, self._signs))
@@ -266,7 +267,7 @@ def scalar_topk(
 
 def _ops(**inputs: Any) -> Any:
     """The module with the ops for inputs of this kind."""
-    return _scalar_codes_torch if checks.are_tensors(**inputs) else _scalar_codes_numpy
+    return _scalar_codes_torch if are_tensors(**inputs) else _scalar_codes_numpy
 
 
 def _factors(*columns: Any) -> Any:

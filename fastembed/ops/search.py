@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
+from .._checks import FLOATS, INT64, are_tensors, check_array
 from . import _search_checks as checks
 from . import _search_numpy
 
@@ -234,7 +235,7 @@ def sdc_topk(
         raise TypeError(f"codes must be SDCCodes, got {type(codes).__name__}")
     if not isinstance(queries, SDCCodes):
         _ops(queries=queries, codes=codes.codes)
-        checks.check_array("queries", queries, 2, checks.FLOATS)
+        check_array("queries", queries, 2, FLOATS)
         if queries.shape[1] != codes.dim:
             raise ValueError(f"queries must have the {codes.dim} dims of the codes, got {queries.shape[1]}")
         queries = sdc_encode(queries, codes.bits)
@@ -278,8 +279,8 @@ def rescore(queries: Array, documents: Array | SDCCodes, candidate_ids: Array, k
         ops = _ops(queries=queries, documents=documents, candidate_ids=candidate_ids)
         return ops.rescore(queries, documents, candidate_ids, k)
     ops = _ops(queries=queries, documents=documents.codes, candidate_ids=candidate_ids)
-    checks.check_array("queries", queries, 2, checks.FLOATS)
-    checks.check_array("candidate_ids", candidate_ids, 2, checks.INT64)
+    check_array("queries", queries, 2, FLOATS)
+    check_array("candidate_ids", candidate_ids, 2, INT64)
     checks.check_candidates(candidate_ids, len(documents))
     named, places = ops.unique(candidate_ids)
     some = documents[named]
@@ -290,7 +291,7 @@ def rescore(queries: Array, documents: Array | SDCCodes, candidate_ids: Array, k
 
 def _ops(**inputs: Any) -> Any:
     """The module with the ops for inputs of this kind, each with the signature of its schema."""
-    return _search_torch if checks.are_tensors(**inputs) else _search_numpy
+    return _search_torch if are_tensors(**inputs) else _search_numpy
 
 
 def _given(**inputs: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._checks import raise_not_finite
 from ..ops import _scalar_codes_checks as scalar_checks
 from ..ops import _search_checks as checks
 from .search import _allowed, _pack, _topk, _unpack
@@ -29,7 +30,7 @@ def scalar_encode(
     scalar_checks.check_encode(x, centroid, signs, bits, method, metric)
     x = x.float().double()
     bad = (~x.isfinite().all(dim=1)).nonzero()
-    checks.raise_not_finite(int(bad[0]) if len(bad) else -1)
+    raise_not_finite(int(bad[0]) if len(bad) else -1)
     if metric == "cosine":
         squares = x.square().sum(dim=1, keepdim=True)
         x = x * torch.where(squares > 0, 1 / squares.sqrt(), 1.0)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import FLOATS, are_tensors, check_array, check_integer
 from .._safetensors import read_safetensors, write_safetensors
 from ..nn.binarizer import RecurrentBinarizer, check_finite
-from ..ops import _search_checks as checks
 from .losses import contrastive_loss, neighbourhood_loss
 
 
@@ -131,12 +131,12 @@ class _Settings:
 
     def __post_init__(self) -> None:
         if self.dims is not None:
-            checks.check_integer("dims", self.dims, 1)
-        checks.check_integer("epochs", self.epochs, 0)
-        checks.check_integer("batch_size", self.batch_size, 2)
-        checks.check_integer("hard_negatives", self.hard_negatives, 1)
-        checks.check_integer("queue_size", self.queue_size, 0)
-        checks.check_integer("seed", self.seed, 0)
+            check_integer("dims", self.dims, 1)
+        check_integer("epochs", self.epochs, 0)
+        check_integer("batch_size", self.batch_size, 2)
+        check_integer("hard_negatives", self.hard_negatives, 1)
+        check_integer("queue_size", self.queue_size, 0)
+        check_integer("seed", self.seed, 0)
         for name in ("learning_rate", "temperature"):
             if not (value := getattr(self, name)) > 0 or math.isinf(value):
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -159,7 +159,7 @@ class _Data:
             raise ValueError(f"embeddings must have at least 2 rows, got {len(left)}")
         if positives is None:
             return cls(left, left, paired=False)
-        checks.are_tensors(embeddings=embeddings, positives=positives)
+        are_tensors(embeddings=embeddings, positives=positives)
         right = _unit_rows("positives", positives)
         if right.shape != left.shape:
             raise ValueError(f"positives must have the shape of the embeddings, {[*left.shape]}, got {[*right.shape]}")
@@ -167,8 +167,8 @@ class _Data:
 
 
 def _unit_rows(name: str, x: Any) -> Tensor:
-    checks.are_tensors(**{name: x})
-    checks.check_array(name, x, 2, checks.FLOATS)
+    are_tensors(**{name: x})
+    check_array(name, x, 2, FLOATS)
     tensor = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
     check_finite(name, tensor)
     return F.normalize(tensor.float())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _search_checks as checks
+from .._checks import check_integer
 
 Exit = tuple[int, int]
 Embeddings = Mapping[Exit, Tensor]
@@ -244,7 +244,7 @@ class Matryoshka2dLoss(ExitLoss):
         self.dim_weights = _numbers("dim_weights", dim_weights, len(self.dims))
         for name, count in (("layers_per_step", layers_per_step), ("dims_per_step", dims_per_step)):
             if count is not None:
-                checks.check_integer(name, count, 1)
+                check_integer(name, count, 1)
         if isinstance(layer_weighting, str):
             if layer_weighting not in _LAYER_WEIGHTS:
                 raise ValueError(f"layer_weighting must be one of {', '.join(_LAYER_WEIGHTS)}, got {layer_weighting!r}")
@@ -374,7 +374,7 @@ def _draw(generator: random.Random, choices: Sequence, count: int | None) -> Seq
 
 
 def _whole_exits(layers: Sequence[int], width: int) -> list[Exit]:
-    checks.check_integer("width", width, 1)
+    check_integer("width", width, 1)
     if not isinstance(layers, (list, tuple, range)):
         raise TypeError(f"layers must be a list of ints, got {layers!r}")
     return [(layer, width) for layer in layers]

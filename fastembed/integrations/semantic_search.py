@@ -3,13 +3,12 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import FLOATS, are_tensors, check_array, check_integer
+from .._checks import are_tensors, check_integer
 from ..index import BinaryIndex, IVFBinaryIndex
-from ..nn.binarizer import check_finite
+from ..nn.binarizer import finite_rows
 from ..ops import _search_checks as checks
 from ..ops.search import rescore, sdc_encode, sdc_topk
 from ._cosines import search_cosines
@@ -84,7 +83,4 @@ def _hits(scores: Any, ids: Any) -> list[list[dict[str, int | float]]]:
 
 
 def _unit_rows(name: str, x: Any) -> Tensor:
-    check_array(name, x, 2, FLOATS)
-    tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    check_finite(name, tensor)
-    return F.normalize(tensor.float())
+    return F.normalize(finite_rows(name, x).float())

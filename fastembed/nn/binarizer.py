@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import FLOATS, are_tensors, check_array, check_integer
+from .._checks import FLOATS, are_tensors, check_array, check_integer, raise_not_finite
 from .._safetensors import read_safetensors, write_safetensors
 from ..ops.search import SDCCodes, pack_bits
 
@@ -110,8 +110,7 @@ class RecurrentBinarizer(nn.Module):
         check_integer("dims", dims, 1, self.out_dims)
         device = next(self.parameters()).device
         as_tensors = isinstance(embeddings, Tensor)
-        x: Any = embeddings if as_tensors else torch.from_numpy(np.ascontiguousarray(embeddings))
-        check_finite("embeddings", x)
+        x = finite_rows("embeddings", embeddings)
         levels = [self._levels(rows.to(device), folded=True) for rows in x.split(_ENCODE_ROWS)]
         codes = pack_levels(torch.cat(levels)[:, :dims], self.bits)
         if as_tensors:
@@ -306,11 +305,15 @@ def pack_levels(levels: Tensor, bits: int) -> SDCCodes:
     return SDCCodes(torch.cat(planes, dim=1), inverse_norms, bits, levels.shape[1])
 
 
-def check_finite(name: str, x: Tensor) -> None:
-    """Raise ValueError naming the first row with a NaN or infinity."""
-    bad = (~x.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        raise ValueError(f"{name} must be finite, got a NaN or infinity in row {int(bad[0])}")
+def finite_rows(name: str, x: Any) -> Tensor:
+    """Real vectors [N, D], an array or a tensor, as a tensor without gradient; ValueError naming the first row with a
+    NaN or infinity."""
+    are_tensors(**{name: x})
+    check_array(name, x, 2, FLOATS)
+    tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    bad = (~tensor.isfinite().all(dim=1)).nonzero()
+    raise_not_finite(int(bad[0]) if len(bad) else -1, name)
+    return tensor
 
 
 def _linear(weight: Tensor) -> nn.Linear:

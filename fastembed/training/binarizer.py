@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import FLOATS, are_tensors, check_array, check_integer
+from .._checks import are_tensors, check_integer
 from .._safetensors import read_safetensors, write_safetensors
-from ..nn.binarizer import RecurrentBinarizer, check_finite
+from ..nn.binarizer import RecurrentBinarizer, finite_rows
 from .losses import contrastive_loss, neighbourhood_loss
 
 
@@ -167,11 +167,7 @@ class _Data:
 
 
 def _unit_rows(name: str, x: Any) -> Tensor:
-    are_tensors(**{name: x})
-    check_array(name, x, 2, FLOATS)
-    tensor = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    check_finite(name, tensor)
-    return F.normalize(tensor.float())
+    return F.normalize(finite_rows(name, x).cpu().float())
 
 
 class _Run:

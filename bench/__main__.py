@@ -11,9 +11,10 @@ import importlib
 import os.path
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from . import limits
+from . import Case, limits
 from .harness import environment, report, runner
 
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
@@ -31,14 +32,11 @@ def main() -> None:
         measured = {count: limits.measure(count, arguments.device, arguments.quick) for count in thread_counts}
         results = runner.Results([], [], measured)
     else:
-        family = importlib.import_module(f"bench.{arguments.family}")
-        plot = getattr(family, "plot", None)
-        cases = list(family.cases())
-        cases = [case for case in cases if arguments.case.search(case.name) and (case.quick or not arguments.quick)]
-        if not cases:
+        plot = getattr(importlib.import_module(f"bench.{arguments.family}"), "plot", None)
+        if not _cases(arguments):
             sys.exit(f"bench: no case of {arguments.family} matches {arguments.case.pattern!r}")
         try:
-            results = runner.run(cases, thread_counts, arguments.device, arguments.quick, _progress, arguments.seconds)
+            results = _run(arguments, thread_counts)
         except runner.VerificationError as error:
             sys.exit(f"bench: {error}")
     circumstances = environment.describe(arguments.device)
@@ -48,6 +46,24 @@ def main() -> None:
         stem = arguments.family if arguments.device == "cpu" else f"{arguments.family}-{arguments.device}"
         report.write_all(output, stem, results, circumstances, plot)
         print(f"\nwritten to {os.path.relpath(output)}/{stem}.*")
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    cases = list(importlib.import_module(f"bench.{arguments.family}").cases())
+    return [case for case in cases if arguments.case.search(case.name) and (case.quick or not arguments.quick)]
+
+
+def _run(arguments: argparse.Namespace, thread_counts: list[int]) -> runner.Results:
+    """Every number of threads in a process of its own: some libraries take it once and for all when they start."""
+    if len(thread_counts) == 1:
+        return runner.run(
+            _cases(arguments), thread_counts[0], arguments.device, arguments.quick, _progress, arguments.seconds
+        )
+    parts = []
+    for threads in thread_counts:
+        with ProcessPoolExecutor(1) as process:
+            parts.append(process.submit(_run, arguments, [threads]).result())
+    return runner.together(parts)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 The limit "popcount" is that of one xor, population count and add for every word of a pair; adding words up bit by bit
 before counting gets beyond it. USearch fills a matrix of all distances before it selects: with few codes that stays in
-a cache, and USearch comes closer. turbovec takes its number of threads from RAYON_NUM_THREADS when it starts, whatever
---threads says: compare its processor time.
+a cache, and USearch comes closer. FAISS shares a search out by queries, so a single query has one thread, whatever
+--threads says.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -77,7 +77,7 @@ def _case(wrong: float = 0.0) -> Case:
 
 
 def test_goals_are_judged() -> None:
-    results = runner.run([_case()], [1], "cpu", True, lambda message: None)
+    results = runner.run([_case()], 1, "cpu", True, lambda message: None)
     assert [verdict.outcome for verdict in results.verdicts] == ["met", "not measured", "MISSED"]
     assert {row.bound_by for row in results.measurements} == {"read"}
 
@@ -85,7 +85,7 @@ def test_goals_are_judged() -> None:
 @pytest.mark.parametrize("wrong", [0.2, float("nan")])
 def test_a_wrong_provider_is_not_timed(wrong: float) -> None:
     with pytest.raises(runner.VerificationError, match="case: peer has error"):
-        runner.run([_case(wrong)], [1], "cpu", True, lambda message: None)
+        runner.run([_case(wrong)], 1, "cpu", True, lambda message: None)
 
 
 def test_recall_table_holds_every_method_and_knows_a_good_one() -> None:

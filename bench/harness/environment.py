@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -30,7 +31,8 @@ PEERS = (
 
 
 def set_threads(threads: int) -> None:
-    """Give every loaded library the same number of threads."""
+    """Give every loaded library the same number of threads, and those that start threads in Rust."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read once, when the first of them is needed
     torch.set_num_threads(threads)
     if (faiss := sys.modules.get("faiss")) is not None:
         faiss.omp_set_num_threads(threads)

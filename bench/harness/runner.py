@@ -5,7 +5,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,42 +77,48 @@ class Results:
 
 def run(
     cases: list[Case],
-    thread_counts: list[int],
+    threads: int,
     device: str,
     quick: bool,
     progress: Callable[[str], None],
     seconds: float = SECONDS,
 ) -> Results:
-    """Measure every case at every thread count, about `seconds` per provider.
+    """Measure every case with so many threads, about `seconds` per provider.
 
     Raises:
         VerificationError: a provider is wrong; nothing of its case has been timed.
     """
+    environment.set_threads(threads)
+    progress(f"limits of the machine, {threads} threads")
+    timed = []
+    before = limits.measure(threads, device, quick)
+    for case in cases:
+        progress(f"{case.name}, {threads} threads")
+        workload = case.setup(Context(threads, device, quick))
+        environment.set_threads(threads)  # again: the setup may have loaded another library, or changed it
+        timed.append(
+            (case.name, _without_calls(workload), *_verify_and_time(case.name, workload, device, quick, seconds))
+        )
+        del workload
+        gc.collect()
+    # A machine that was held back during one of the two must not make us look closer to its limit than we are.
+    after = limits.measure(threads, device, quick)
+    rates = {name: max(before[name], after[name]) for name in before}
     measurements: list[Measurement] = []
     verdicts: list[Verdict] = []
-    limits_by_threads: dict[int, dict[str, float]] = {}
-    for threads in thread_counts:
-        environment.set_threads(threads)
-        progress(f"limits of the machine, {threads} threads")
-        timed = []
-        before = limits.measure(threads, device, quick)
-        for case in cases:
-            progress(f"{case.name}, {threads} threads")
-            workload = case.setup(Context(threads, device, quick))
-            environment.set_threads(threads)  # again: the setup may have loaded another library, or changed it
-            timed.append(
-                (case.name, _without_calls(workload), *_verify_and_time(case.name, workload, device, quick, seconds))
-            )
-            del workload
-            gc.collect()
-        # A machine that was held back during one of the two must not make us look closer to its limit than we are.
-        after = limits.measure(threads, device, quick)
-        limits_by_threads[threads] = {name: max(before[name], after[name]) for name in before}
-        for name, workload, errors, timings in timed:
-            rows = _measurements(name, workload, errors, timings, threads, limits_by_threads[threads])
-            measurements += rows
-            verdicts += _verdicts(rows, workload)
-    return Results(measurements, verdicts, limits_by_threads)
+    for name, workload, errors, timings in timed:
+        rows = _measurements(name, workload, errors, timings, threads, rates)
+        measurements += rows
+        verdicts += _verdicts(rows, workload)
+    return Results(measurements, verdicts, {threads: rates})
+
+
+def together(parts: Sequence[Results]) -> Results:
+    return Results(
+        [row for part in parts for row in part.measurements],
+        [verdict for part in parts for verdict in part.verdicts],
+        {threads: rates for part in parts for threads, rates in part.limits.items()},
+    )
 
 
 def _verify_and_time(
@@ -197,6 +203,13 @@ def _measurements(
     ]
 
 
+def _other_threads(row: Measurement | None) -> str:
+    """A remark where a provider did not keep all of its threads busy, or used more."""
+    if row is None or 0.8 <= (used := row.timing.processor / row.timing.best) / row.threads <= 1.2:
+        return ""
+    return f", which used {used:.1f} threads"
+
+
 def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
     by_provider = {row.provider: row for row in rows}
     ours = by_provider[OURS]
@@ -207,7 +220,7 @@ def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
             our = by_provider[goal.ours]
             reached = None if peer is None else peer.timing.best / our.timing.best
             whose = "" if goal.ours == OURS else f"{goal.ours}: "
-            what = f"{whose}times the speed of {goal.than}"
+            what = f"{whose}times the speed of {goal.than}{_other_threads(peer)}"
             verdicts.append(Verdict(ours.case, ours.threads, what, goal.by, reached))
         elif isinstance(goal, Reached):
             verdicts.append(Verdict(ours.case, ours.threads, goal.what, goal.wanted, goal.reached))

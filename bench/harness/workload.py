@@ -14,8 +14,8 @@ class Context:
     """The circumstances that a case is set up for.
 
     Attributes:
-        threads: Threads that every provider may use. PyTorch and FAISS are told by the runner; a peer that takes the
-            number at construction (an ONNX Runtime session) has to be given it by the case.
+        threads: Threads that every provider may use. PyTorch, FAISS and what uses Rayon are told by the runner; a peer
+            that takes the number at construction (an ONNX Runtime session) has to be given it by the case.
         device: "cpu" or "cuda".
         quick: Whether this is the smoke test: the same code on inputs small enough for a second in total.
     """

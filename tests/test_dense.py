@@ -4,33 +4,17 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import fastembed
-
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-SEGFORMER = transformers.SegformerConfig(
-    num_encoder_blocks=3,
-    depths=[1, 2, 1],
-    hidden_sizes=[16, 32, 64],
-    num_attention_heads=[1, 2, 4],
-    patch_sizes=[7, 3, 3],
-    strides=[4, 2, 2],
-    sr_ratios=[4, 2, 1],
-    mlp_ratios=[2, 2, 2],
-)
 
 
 def vision(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "segformer":
-        return transformers.SegformerModel(SEGFORMER).eval()
-    return transformers.ViTModel(transformers.ViTConfig(**_SIZES, image_size=32, patch_size=8)).eval()
-
-
-def pixels() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        return transformers.SegformerModel(transformers.SegformerConfig(**tiny_models.SEGFORMER)).eval()
+    return transformers.ViTModel(transformers.ViTConfig(**tiny_models.IMAGE)).eval()
 
 
 @torch.no_grad()
@@ -38,9 +22,9 @@ def pixels() -> Tensor:
 @pytest.mark.parametrize("final_norm", [True, False])
 def test_patches_of_a_vision_transformer(normalize: bool, final_norm: bool) -> None:
     model = vision("vit")
-    outputs = model(pixels(), output_hidden_states=True)
+    outputs = model(**tiny_models.pixels(), output_hidden_states=True)
     exits = [(0, 64), (2, 16), (2, 48), (3, 64)]
-    ours = fastembed.dense_exits(model, exits, normalize=normalize, final_norm=final_norm, pixel_values=pixels())
+    ours = fastembed.dense_exits(model, exits, normalize=normalize, final_norm=final_norm, **tiny_models.pixels())
     assert list(ours) == exits
     for layer, dim in exits:
         hidden = outputs.last_hidden_state if layer == 3 else outputs.hidden_states[layer]
@@ -53,13 +37,13 @@ def test_patches_of_a_vision_transformer(normalize: bool, final_norm: bool) -> N
 @torch.no_grad()
 def test_stages_of_segformer() -> None:
     model = vision("segformer")
-    maps = model(pixels(), output_hidden_states=True).hidden_states
+    maps = model(**tiny_models.pixels(), output_hidden_states=True).hidden_states
     exits = [(1, 16), (2, 20), (3, 64)]
-    ours = fastembed.dense_exits(model, exits, pixel_values=pixels())
+    ours = fastembed.dense_exits(model, exits, **tiny_models.pixels())
     for (layer, dim), embeddings in ours.items():
         expected = F.normalize(maps[layer - 1][:, :dim], dim=1).flatten(2).transpose(1, 2)
         torch.testing.assert_close(embeddings, expected)
-    pooled = fastembed.MultiExitEncoder(model, [(1, 16), (3, 64)])(pixel_values=pixels())
+    pooled = fastembed.MultiExitEncoder(model, [(1, 16), (3, 64)])(**tiny_models.pixels())
     torch.testing.assert_close(pooled[1, 16], F.normalize(maps[0].mean((2, 3)), dim=1))
 
 
@@ -90,7 +74,7 @@ def test_tokens_of_a_text_encoder_with_gradients() -> None:
 )
 def test_bad_exits(exits: list, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fastembed.dense_exits(vision("segformer"), exits, pixel_values=pixels())
+        fastembed.dense_exits(vision("segformer"), exits, **tiny_models.pixels())
 
 
 def test_bad_models() -> None:

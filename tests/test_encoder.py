@@ -11,6 +11,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
+from tiny_models import DECODER, IMAGE, T5, TEXT
 from torch import nn
 
 import fastembed
@@ -18,25 +19,17 @@ from fastembed import MultiExitEncoder, pool_exits
 from fastembed.integrations.prompts import FromToken, OnlyTokens
 from fastembed.nn import LayerMix
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-_TEXT = {**_SIZES, "vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
-_DECODER = {**_TEXT, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
-_IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
-
 # Model, and the config it is made from. Those of tests/tiny_models.py come on top.
 MODELS = {
-    "t5": (
-        transformers.T5EncoderModel,
-        transformers.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_heads=4, pad_token_id=0),
-    ),
-    "starcoder2": (transformers.Starcoder2Model, transformers.Starcoder2Config(**_DECODER)),
-    "mistral": (transformers.MistralModel, transformers.MistralConfig(**_DECODER)),
-    "llama": (transformers.LlamaModel, transformers.LlamaConfig(**_DECODER)),
-    "qwen2": (transformers.Qwen2Model, transformers.Qwen2Config(**_DECODER)),
-    "clip text": (transformers.CLIPTextModel, transformers.CLIPTextConfig(**_TEXT, bos_token_id=2, eos_token_id=3)),
-    "clip vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**_IMAGE)),
-    "siglip vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**_IMAGE)),
-    "vit": (transformers.ViTModel, transformers.ViTConfig(**_IMAGE)),
+    "t5": (transformers.T5EncoderModel, transformers.T5Config(**T5)),
+    "starcoder2": (transformers.Starcoder2Model, transformers.Starcoder2Config(**DECODER)),
+    "mistral": (transformers.MistralModel, transformers.MistralConfig(**DECODER)),
+    "llama": (transformers.LlamaModel, transformers.LlamaConfig(**DECODER)),
+    "qwen2": (transformers.Qwen2Model, transformers.Qwen2Config(**DECODER)),
+    "clip text": (transformers.CLIPTextModel, transformers.CLIPTextConfig(**TEXT, bos_token_id=2, eos_token_id=3)),
+    "clip vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**IMAGE)),
+    "siglip vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**IMAGE)),
+    "vit": (transformers.ViTModel, transformers.ViTConfig(**IMAGE)),
 }
 VISION = ("clip vision", "siglip vision", "vit")
 ARCHITECTURES = [*tiny_models.CONFIGS, *MODELS]
@@ -52,7 +45,7 @@ def build(architecture: str) -> nn.Module:
 
 def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
     if architecture in VISION:
-        return {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+        return tiny_models.pixels()
     return tiny_models.batch()
 
 

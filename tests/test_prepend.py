@@ -13,18 +13,7 @@ from fastembed import MultiExitEncoder
 
 PLACEHOLDER = 5
 START, EXIT = 1, 3
-_SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 80,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
+_SIZES = {**tiny_models.DECODER, "num_hidden_layers": 5}
 
 DECODERS = {
     "llama": (transformers.LlamaModel, transformers.LlamaConfig(**_SIZES)),
@@ -46,14 +35,9 @@ def decoder(name: str) -> nn.Module:
 def batch(side: str = "left", placeholder: int = PLACEHOLDER) -> dict[str, Tensor]:
     """Rows of different lengths, each with the placeholder at another place."""
     rows = tiny_models.batch()
-    ids, mask = rows["input_ids"], rows["attention_mask"]
     for row, position in enumerate((2, 0, 3, 1, 2)):
-        ids[row, position] = placeholder
-    if side == "left":
-        lengths = mask.sum(1)
-        for row, length in enumerate(lengths):
-            ids[row], mask[row] = ids[row].roll(-int(length)), mask[row].roll(-int(length))
-    return {"input_ids": ids, "attention_mask": mask}
+        rows["input_ids"][row, position] = placeholder
+    return tiny_models.left_padded(rows) if side == "left" else rows
 
 
 def written_out(model: nn.Module, inputs: dict[str, Tensor], row: Tensor | None = None) -> list[Tensor]:

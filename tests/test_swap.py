@@ -250,8 +250,7 @@ def test_slices_give_what_the_whole_batch_gives() -> None:
 
 @torch.no_grad()
 def test_a_decoder_keeps_the_cache_of_the_whole_batch_and_is_sliced_without_one() -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    decoder = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=100, pad_token_id=0)).eval()
+    decoder = transformers.LlamaModel(transformers.LlamaConfig(**tiny_models.DECODER)).eval()
     inputs = tiny_models.batch(rows=60, length=40)
     swapped(decoder)
     ran: list[int] = []

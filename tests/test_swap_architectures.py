@@ -18,6 +18,7 @@ import transformers
 from latent_models import LatentAttentionModel, nv_embed_weights
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from tiny_models import DECODER, IMAGE, SEGFORMER, T5, TEXT, WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,24 +27,6 @@ from fastembed import MultiExitEncoder, QuantConfig
 from fastembed.integrations.prompts import FromToken
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
-
-WIDTH = 64
-_SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-_TEXT = {**_SIZES, "vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
-_DECODER = {**_TEXT, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
-_IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
-_T5 = {"vocab_size": 100, "d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4, "pad_token_id": 0}
-_CLIP_TEXT = {**_TEXT, "bos_token_id": 2, "eos_token_id": 3, "projection_dim": 32}
-_SEGFORMER = {
-    "num_encoder_blocks": 3,
-    "depths": [1, 2, 1],
-    "hidden_sizes": [16, 32, 64],
-    "num_attention_heads": [1, 2, 4],
-    "patch_sizes": [7, 3, 3],
-    "strides": [4, 2, 2],
-    "sr_ratios": [4, 2, 1],
-    "mlp_ratios": [2, 2, 2],
-}
 
 Inputs = dict[str, Tensor]
 Embed = Callable[[Any, Inputs], Tensor]
@@ -71,15 +54,7 @@ class Architecture:
 
 
 def left_padded() -> Inputs:
-    batch = tiny_models.batch()
-    for row, length in enumerate(batch["attention_mask"].sum(1)):
-        for tensor in batch.values():
-            tensor[row] = tensor[row].roll(-int(length))
-    return batch
-
-
-def pixels() -> Inputs:
-    return {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    return tiny_models.left_padded(tiny_models.batch())
 
 
 def random_model(kind: type[nn.Module], config: Any) -> Callable[[], nn.Module]:
@@ -132,7 +107,7 @@ class ModularStarEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = transformers.Starcoder2Config(**{**_DECODER, "num_hidden_layers": 36}, is_causal=False)
+        config = transformers.Starcoder2Config(**{**DECODER, "num_hidden_layers": 36}, is_causal=False)
         self.model = transformers.Starcoder2Model(config)
         self.projections = nn.ModuleList(nn.Linear(WIDTH, 48) for _ in self.exits)
 
@@ -193,7 +168,7 @@ class NVEmbed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding_model = transformers.MistralModel(transformers.MistralConfig(**_DECODER, is_causal=False))
+        self.embedding_model = transformers.MistralModel(transformers.MistralConfig(**DECODER, is_causal=False))
         self.latent_attention_model = LatentAttentionModel(nv_embed_weights(dim=WIDTH, dtype=torch.float32))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -255,11 +230,11 @@ def pooler_exit(model: Any, inputs: Inputs) -> Tensor:
 
 
 def llama(**settings: Any) -> Callable[[], nn.Module]:
-    return random_model(transformers.LlamaModel, transformers.LlamaConfig(**_DECODER, **settings))
+    return random_model(transformers.LlamaModel, transformers.LlamaConfig(**DECODER, **settings))
 
 
 def qwen() -> nn.Module:
-    return random_model(transformers.Qwen3Model, transformers.Qwen3Config(**_DECODER, head_dim=16))()
+    return random_model(transformers.Qwen3Model, transformers.Qwen3Config(**DECODER, head_dim=16))()
 
 
 ARCHITECTURES = {
@@ -272,7 +247,7 @@ ARCHITECTURES = {
     "XLM-R": text("multilingual-e5, BGE-M3", tiny("xlm-roberta"), "mean"),
     "T5 encoder": text(
         "sentence-t5, GTR",
-        random_model(transformers.T5EncoderModel, transformers.T5Config(**_T5)),
+        random_model(transformers.T5EncoderModel, transformers.T5Config(**T5)),
         "mean",
         project=True,
     ),
@@ -289,7 +264,7 @@ ARCHITECTURES = {
     ),
     "Mistral": text(
         "E5-Mistral",
-        random_model(transformers.MistralModel, transformers.MistralConfig(**_DECODER)),
+        random_model(transformers.MistralModel, transformers.MistralConfig(**DECODER)),
         "lasttoken",
         left_padded,
     ),
@@ -305,7 +280,10 @@ ARCHITECTURES = {
     "Qwen3": text("Qwen3-Embedding", qwen, "lasttoken", left_padded),
     "CLIP, text": Architecture(
         "CLIP",
-        random_model(transformers.CLIPTextModelWithProjection, transformers.CLIPTextConfig(**_CLIP_TEXT)),
+        random_model(
+            transformers.CLIPTextModelWithProjection,
+            transformers.CLIPTextConfig(**TEXT, bos_token_id=2, eos_token_id=3, projection_dim=32),
+        ),
         clip_batch,
         clip_text,
         clip_text_exit,
@@ -314,9 +292,9 @@ ARCHITECTURES = {
     "CLIP, vision": Architecture(
         "CLIP, LLM2CLIP",
         random_model(
-            transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig(**_IMAGE, projection_dim=32)
+            transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig(**IMAGE, projection_dim=32)
         ),
-        pixels,
+        tiny_models.pixels,
         clip_vision,
         clip_vision_exit,
         "MultiExitEncoder: class token, norm and projection as head",
@@ -324,29 +302,29 @@ ARCHITECTURES = {
     "Llama as CLIP's text encoder": text("LLM2CLIP", llama(is_causal=False), "mean", left_padded, project=True),
     "SigLIP, vision": Architecture(
         "SigLIP",
-        random_model(transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**_IMAGE)),
-        pixels,
+        random_model(transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**IMAGE)),
+        tiny_models.pixels,
         pooler,
     ),
     "ViT": Architecture(
         "ViT",
-        random_model(transformers.ViTModel, transformers.ViTConfig(**_IMAGE)),
-        pixels,
+        random_model(transformers.ViTModel, transformers.ViTConfig(**IMAGE)),
+        tiny_models.pixels,
         pooler,
         pooler_exit,
         "MultiExitEncoder: class token, the pooler as head",
     ),
     "ViT, patches": Architecture(
         "ViT",
-        random_model(transformers.ViTModel, transformers.ViTConfig(**_IMAGE)),
-        pixels,
+        random_model(transformers.ViTModel, transformers.ViTConfig(**IMAGE)),
+        tiny_models.pixels,
         *dense({0: 64, 1: 16, 2: 32}),
         "dense_exits: patch embeddings, layers 1 and 2",
     ),
     "SegFormer, patches": Architecture(
         "SegFormer",
-        random_model(transformers.SegformerModel, transformers.SegformerConfig(**_SEGFORMER)),
-        pixels,
+        random_model(transformers.SegformerModel, transformers.SegformerConfig(**SEGFORMER)),
+        tiny_models.pixels,
         *dense({1: 16, 2: 32, 3: 64}),
         "dense_exits: every stage",
     ),

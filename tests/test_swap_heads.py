@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from latent_models import LatentAttentionModel, nv_embed_weights
@@ -12,12 +13,10 @@ import fastembed
 from fastembed import QuantConfig
 from fastembed.nn import LatentAttentionPooling, QuantLinear
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-
 
 def siglip(**settings: object) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.SiglipVisionConfig(**_SIZES, image_size=32, patch_size=8, **settings)
+    config = transformers.SiglipVisionConfig(**tiny_models.IMAGE, **settings)
     model = transformers.SiglipVisionModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,5 @@
-"""Small random encoders of the architectures that embedding models use, bare and in sentence-transformers models."""
+"""Small random encoders of the architectures that embedding models use, bare and in sentence-transformers models, and
+the settings that other suites build more of them from."""
 
 from pathlib import Path
 
@@ -10,19 +11,36 @@ from torch import nn
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "query", ":", *(f"w{index}" for index in range(93))]
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-_COMMON = {"vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
+WIDTH = 64
+_SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+TEXT = {**_SIZES, "vocab_size": 100, "max_position_embeddings": 80, "pad_token_id": 0}
+DECODER = {**TEXT, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
+IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
+T5 = {"vocab_size": 100, "d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4, "pad_token_id": 0}
+SEGFORMER = {
+    "num_encoder_blocks": 3,
+    "depths": [1, 2, 1],
+    "hidden_sizes": [16, 32, WIDTH],
+    "num_attention_heads": [1, 2, 4],
+    "patch_sizes": [7, 3, 3],
+    "strides": [4, 2, 2],
+    "sr_ratios": [4, 2, 1],
+    "mlp_ratios": [2, 2, 2],
+}
+_TWO_LAYERS = {**TEXT, "num_hidden_layers": 2}
 
 CONFIGS = {
-    "bert": transformers.BertConfig(**_SIZES, **_COMMON),
-    "roberta": transformers.RobertaConfig(**_SIZES, **_COMMON, type_vocab_size=1),
-    "xlm-roberta": transformers.XLMRobertaConfig(**_SIZES, **_COMMON, type_vocab_size=1),
-    "mpnet": transformers.MPNetConfig(**_SIZES, **_COMMON),
-    "distilbert": transformers.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, **_COMMON),
-    "modernbert": transformers.ModernBertConfig(
-        **_SIZES, **_COMMON, global_attn_every_n_layers=2, local_attention=16, cls_token_id=2, sep_token_id=3
+    "bert": transformers.BertConfig(**_TWO_LAYERS),
+    "roberta": transformers.RobertaConfig(**_TWO_LAYERS, type_vocab_size=1),
+    "xlm-roberta": transformers.XLMRobertaConfig(**_TWO_LAYERS, type_vocab_size=1),
+    "mpnet": transformers.MPNetConfig(**_TWO_LAYERS),
+    "distilbert": transformers.DistilBertConfig(
+        dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=100, max_position_embeddings=80, pad_token_id=0
     ),
-    "electra": transformers.ElectraConfig(**_SIZES, **_COMMON, embedding_size=64),
+    "modernbert": transformers.ModernBertConfig(
+        **_TWO_LAYERS, global_attn_every_n_layers=2, local_attention=16, cls_token_id=2, sep_token_id=3
+    ),
+    "electra": transformers.ElectraConfig(**_TWO_LAYERS, embedding_size=64),
 }
 
 
@@ -47,6 +65,20 @@ def batch(rows: int = 5, length: int = 24) -> dict[str, torch.Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def left_padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same rows, moved to the right end."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return {
+        name: torch.stack([row.roll(-length) for row, length in zip(tensor, lengths, strict=True)])
+        for name, tensor in batch.items()
+    }
+
+
+def pixels(count: int = 3) -> dict[str, torch.Tensor]:
+    """Random images."""
+    return {"pixel_values": torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+
+
 def sentence_transformer(
     folder: Path, mode: str | tuple[str, ...] = "mean", *, normalize: bool = True, **pooling: object
 ) -> SentenceTransformer:
@@ -56,7 +88,7 @@ def sentence_transformer(
         encoder().save_pretrained(source)
         (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
         transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(source)
-    modules = [Transformer(str(source), max_seq_length=64), Pooling(64, mode, **pooling)]
+    modules = [Transformer(str(source), max_seq_length=64), Pooling(WIDTH, mode, **pooling)]
     return SentenceTransformer(modules=[*modules, Normalize()] if normalize else modules, device="cpu").eval()
 
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 
+#include "common/divide_up.hpp"
 #include "common/half.hpp"
 #include "common/isa.hpp"
 #include "common/threading.hpp"
@@ -39,8 +40,6 @@ const Kernels& active_kernels() {
 constexpr int64_t multiply_grain = int64_t{1} << 20;
 constexpr int64_t element_grain = int64_t{1} << 15;
 constexpr int64_t most_rows = 16;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int useful_threads(int64_t work, int64_t grain, int threads) {
   return team_size(std::max<int64_t>(1, work / grain), threads);

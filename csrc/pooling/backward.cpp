@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "common/divide_up.hpp"
 #include "common/half.hpp"
 #include "common/pages.hpp"
 #include "common/threading.hpp"
@@ -99,8 +100,8 @@ void pool_exits_backward(std::vector<ExitGradient> exits, const Batch& batch, Mo
   });
   // Twice as many tasks as threads, so that none waits long for the last. Runs of them, because two threads that come
   // to the same fresh page at once both clear one, of which one is thrown away.
-  const int64_t pieces = team == 1 || rows == 0 ? 1 : ceil_div(2 * team, rows);
-  const int64_t piece = ceil_div(longest, pieces);
+  const int64_t pieces = team == 1 || rows == 0 ? 1 : divide_up(2 * team, rows);
+  const int64_t piece = divide_up(longest, pieces);
   parallel_for_in_runs(rows * pieces, team, [&](int64_t task) {
     const int64_t row = task / pieces, begin = task % pieces * piece;
     const int64_t end = std::min(begin + piece, plan[row % batch.sequences].length);

@@ -9,13 +9,12 @@
 #include <memory>
 #include <vector>
 
+#include "common/divide_up.hpp"
 #include "common/threading.hpp"
 #include "pooling/pooling.hpp"
 #include "pooling/token_plan.hpp"
 
 namespace fastembed::pooling {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void sort_prefixes(std::vector<Exit>& exits) {
   for (Exit& exit : exits) {
@@ -38,8 +37,9 @@ class Cut {
  public:
   Cut(int64_t rows, int64_t most_columns, int team) : rows_(rows) {
     // Twice as many tasks as threads, so that none waits long for the last; no more ranges than are worth it.
-    const int64_t for_threads = team == 1 || rows == 0 ? 1 : ceil_div(2 * team, rows);
-    ranges_ = std::max(ceil_div(most_columns, max_columns), std::min(for_threads, ceil_div(most_columns, min_columns)));
+    const int64_t for_threads = team == 1 || rows == 0 ? 1 : divide_up(2 * team, rows);
+    ranges_ =
+        std::max(divide_up(most_columns, max_columns), std::min(for_threads, divide_up(most_columns, min_columns)));
   }
 
   bool whole_rows() const { return ranges_ <= 1; }
@@ -52,7 +52,7 @@ class Cut {
     for (int64_t row = 0; row < rows_; ++row) unfinished[row].store(ranges_, std::memory_order_relaxed);
     parallel_for(rows_ * ranges_, team, [&](int64_t task) {
       const int64_t row = task / ranges_, columns = columns_of(row);
-      const int64_t per_range = ceil_div(ceil_div(columns, ranges_), min_columns) * min_columns;
+      const int64_t per_range = divide_up(divide_up(columns, ranges_), min_columns) * min_columns;
       const int64_t first = std::min(columns, task % ranges_ * per_range);
       reduce(row, first, std::min(per_range, columns - first));
       if (unfinished[row].fetch_sub(1, std::memory_order_acq_rel) == 1) write(row);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 
+#include "common/divide_up.hpp"
 #include "common/half.hpp"
 #include "common/isa.hpp"
 #include "common/pages.hpp"
@@ -38,8 +39,6 @@ constexpr int64_t quantize_grain = int64_t{1} << 15;
 // A task unpacks its panel once: few rows would not pay for that.
 constexpr int64_t rows_per_task = 192;
 constexpr int64_t tasks_per_thread = 4;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from call to call, so that large layers do not pay for fresh pages every time.
 class Buffer {

@@ -18,6 +18,7 @@
 #include <string>
 
 #include "common/async_copy.cuh"
+#include "common/divide_up.hpp"
 #include "common/launch_check.cuh"
 #include "qmatmul/qmatmul_cuda.hpp"
 #include "qmatmul/warp_tile.cuh"
@@ -50,8 +51,6 @@ using TokenFragment = uint2;
 constexpr int fragment_features = 32;
 constexpr int stage_fragments = stage_features / fragment_features;
 constexpr int fragment_bytes = warp_threads * static_cast<int>(sizeof(TokenFragment));
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct QuantizedTokens {
   TokenFragment* fragments;  // [stages * 2, tiles, 32]

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/divide_up.hpp"
 #include "common/first.hpp"
 #include "common/half.hpp"
 #include "common/threading.hpp"
@@ -10,8 +11,6 @@ namespace fastembed::search {
 namespace {
 
 constexpr int64_t rows_per_task = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x > 0 without a conversion: the bits of a positive float are a positive integer, at most those of infinity (above
 // stand the NaNs).
@@ -58,7 +57,7 @@ bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inv
   float thresholds[255];
   for (int t = 0; t < levels - 1; ++t) thresholds[t] = static_cast<float>((t + 1 - levels / 2) * step);
 
-  const int64_t plane_bytes = ceil_div(dim, 8);
+  const int64_t plane_bytes = divide_up(dim, 8);
   int64_t squares = 0;
   for (int64_t d = 0; d < dim; d += 8) {
     unsigned bytes[8] = {};
@@ -78,7 +77,7 @@ bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inv
 
 template <class Row>
 void for_rows(int64_t rows, int threads, const Row& body) {
-  parallel_for(ceil_div(rows, rows_per_task), threads, [&](int64_t task) {
+  parallel_for(divide_up(rows, rows_per_task), threads, [&](int64_t task) {
     const int64_t end = std::min(rows, (task + 1) * rows_per_task);
     for (int64_t row = task * rows_per_task; row < end; ++row) body(row);
   });
@@ -88,7 +87,7 @@ void for_rows(int64_t rows, int threads, const Row& body) {
 
 void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, const float* thresholds, uint8_t* codes,
                int threads) {
-  const int64_t bytes = ceil_div(dim, 8);
+  const int64_t bytes = divide_up(dim, 8);
   const auto row_of = [&](auto type, int64_t row) { return static_cast<const decltype(type)*>(x) + row * dim; };
   for_rows(rows, threads, [&](int64_t row) {
     uint8_t* const code = codes + row * bytes;
@@ -115,7 +114,7 @@ void pack_bits(const void* x, DType dtype, int64_t rows, int64_t dim, const floa
 
 int64_t sdc_encode(const float* x, int64_t rows, int64_t dim, int bits, uint8_t* codes, float* inverse_norms,
                    int threads) {
-  const int64_t bytes = bits * ceil_div(dim, 8);
+  const int64_t bytes = bits * divide_up(dim, 8);
   First bad;
   for_rows(rows, threads, [&](int64_t row) {
     if (!encode_row(x + row * dim, dim, bits, codes + row * bytes, inverse_norms + row)) bad.offer(row);

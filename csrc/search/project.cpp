@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/divide_up.hpp"
 #include "common/isa.hpp"
 
 namespace fastembed::search {
@@ -21,7 +22,7 @@ const ProjectKernels& project_kernels() { return by_isa.active(); }
 Panels::Panels(const float* data, int64_t dim, int64_t columns, int64_t row_stride, int64_t column_stride)
     : dim_(dim),
       columns_(columns),
-      panels_(static_cast<size_t>((columns + panel_columns - 1) / panel_columns * dim * panel_columns)) {
+      panels_(static_cast<size_t>(divide_up(columns, panel_columns) * dim * panel_columns)) {
   for (int64_t c = 0; c < columns; ++c) {
     float* const panel = panels_.data() + c / panel_columns * dim * panel_columns + c % panel_columns;
     for (int64_t d = 0; d < dim; ++d) panel[d * panel_columns] = data[d * row_stride + c * column_stride];

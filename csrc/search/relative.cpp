@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/divide_up.hpp"
 #include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/project.hpp"
@@ -42,7 +43,7 @@ void relative_representations(const void* x, int64_t rows, const void* anchors, 
   for (int64_t a = 0; a < anchor_rows; ++a) unit_row(anchors, dtype, a, dim, units.data() + a * dim);
   const Panels panels(units.data(), dim, anchor_rows, 1, dim);
   const ProjectKernels& kernels = project_kernels();
-  parallel_for((rows + rows_per_task - 1) / rows_per_task, threads, [&](int64_t task) {
+  parallel_for(divide_up(rows, rows_per_task), threads, [&](int64_t task) {
     thread_local std::vector<float> tile;
     const int64_t first = task * rows_per_task;
     const int64_t count = std::min(rows_per_task, rows - first);

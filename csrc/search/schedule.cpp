@@ -6,6 +6,8 @@
 #include <numeric>
 #include <utility>
 
+#include "common/divide_up.hpp"
+
 namespace fastembed::search {
 namespace {
 
@@ -27,8 +29,6 @@ constexpr int64_t largest_piece = 1 << 16;
 // Bytes compared, and results merged, by a worker in the time that it takes to wake it.
 constexpr int64_t bytes_worth_a_worker = 1 << 21;
 constexpr int64_t results_worth_a_worker = 1 << 12;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t first, last;
@@ -120,7 +120,7 @@ Schedule::Schedule(int64_t queries, const Matrix& codes, const Selection& select
   capacity_ = k == 0 ? 0 : std::min(std::max<int64_t>(1, positions), k_ + std::max<int64_t>(k_, fewest_added));
 
   const int64_t available = team_size(std::numeric_limits<int64_t>::max(), threads);
-  const int64_t worth = ceil_div(std::max<int64_t>(1, codes.bytes) * positions, bytes_worth_a_worker);
+  const int64_t worth = divide_up(std::max<int64_t>(1, codes.bytes) * positions, bytes_worth_a_worker);
   const int64_t useful = worth > available / std::max<int64_t>(1, queries) ? available : worth * queries;
   workers_ = static_cast<int>(std::clamp<int64_t>(useful, 1, available));
   batch_ = std::min({queries, largest_batch, std::max<int64_t>(1, candidates_per_worker / (capacity_ + most_added))});
@@ -128,12 +128,12 @@ Schedule::Schedule(int64_t queries, const Matrix& codes, const Selection& select
     batch_ = std::min(batch_, std::max<int64_t>(1, ranges_per_batch / std::max<int64_t>(1, selection.range_count)));
   }
   together_ = workers_ == 1 || positions >= smallest_piece * 2 * workers_ || queries < 2 * workers_;
-  if (!together_) batch_ = std::min(batch_, ceil_div(queries, 4 * workers_));
+  if (!together_) batch_ = std::min(batch_, divide_up(queries, 4 * workers_));
   const int64_t piece = workers_ == 1 || !together_
                             ? std::max<int64_t>(1, positions)
                             : std::clamp(positions / (workers_ * pieces_per_worker), smallest_piece, largest_piece);
 
-  batches_.resize(ceil_div(queries, batch_));
+  batches_.resize(divide_up(queries, batch_));
   for (size_t i = 0; i < batches_.size(); ++i) {
     batches_[i].first_query = static_cast<int64_t>(i) * batch_;
     batches_[i].queries = std::min(batch_, queries - batches_[i].first_query);

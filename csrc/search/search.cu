@@ -18,6 +18,7 @@
 #include <string>
 
 #include "common/device_reduce.cuh"
+#include "common/divide_up.hpp"
 #include "common/launch_check.cuh"
 #include "common/tensor_core.cuh"
 #include "search/search_cuda.hpp"
@@ -40,8 +41,6 @@ constexpr int no_limit = INT_MAX;
 // Blocks that keep a large device busy; of at least so many codes each.
 constexpr int64_t blocks_wanted = 528;
 constexpr int64_t fewest_codes = 2048;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Candidate {
   int key;

@@ -1,10 +1,14 @@
 """What bits cost in quality: all-MiniLM-L6-v2 quantised to every size in every order, on the demo's corpus.
 
 Texts are those of the second half of the corpus; the calibration data are the first texts of it, as in
-`fastembed.quantize` without calibration. Every setting quantises the float model anew and encodes queries and documents
-once. `cosine` is that of its embeddings to the float32 ones; `MRR@10` is of queries that look for their own document
-among all documents. Bits per weight count codes, scales and zero points. Goals in points of MRR@10 are judged on all
-pairs of that half: with 500 queries, one that moves from rank 1 to rank 2 is 0.1 points.
+`fastembed.quantize` without calibration. `cosine` is that of a quantised model's embeddings to the float32 ones;
+`MRR@10` is of queries that look for their own document among all documents. Bits per weight count codes, scales and
+zero points. Goals in points of MRR@10 are judged on all pairs of that half: with 500 queries, one that moves from rank
+1 to rank 2 is 0.1 points.
+
+What does not depend on a setting is done once for all of them: measuring the layers (which the size does not change),
+quantising each layer to each level (which the other layers' levels do not change), tokenising, and encoding with equal
+levels, to which several orders lead. The models are those that `fastembed.quantize` makes of the settings, bit for bit.
 
 Orders of importance, of transformer blocks, get the two levels between which the average lies, layer by layer from the
 most important block on: LIM and ZD, each of them reversed, and several random ones. "measured" is the default of
@@ -20,12 +24,19 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 import fastembed
 from fastembed.demo.corpus import Pair
 from fastembed.demo.encoders import BATCH
-from fastembed.quantization.layers import block_of
+from fastembed.nn import QuantLinear
+from fastembed.quantization import QuantConfig
+from fastembed.quantization.allocation import allocate
+from fastembed.quantization.calibration import prepare
+from fastembed.quantization.layers import block_of, find_layers
+from fastembed.quantization.planning import Assigned, assign_bits, budget_of, bytes_of, measured_choices
 
 from ..exits import quality
 
@@ -40,11 +51,12 @@ GOALS = {"8 bits": 0.3, "avg_bits=4.25": 1.0}
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to quantise: a line of the plot, its name for the goals if it has one, arguments of `quantize`."""
+    """One way to quantise: a line of the plot, its name for the goals if it has one, and what each layer gets."""
 
     order: str
     name: str
-    arguments: Mapping[str, Any] = field(hash=False)
+    quantizer: str
+    levels: Mapping[str, int] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -59,63 +71,150 @@ class Row:
     lost: float
 
 
-class Evaluation:
-    """A float model and texts, and what its quantised copies make of them."""
+class Mixer:
+    """A quantised model whose layers are exchanged between settings; each is quantised to a level once."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._float = model
+        self._layers: dict[tuple[str, int], dict[str, QuantLinear]] = {}
+        self._model = self._quantised("rtn", 8)
+
+    def mix(self, setting: Setting) -> tuple[SentenceTransformer, float]:
+        """The model at a setting, until the next one is asked for, and its bits per weight."""
+        layers = {name: self._at(setting.quantizer, bits)[name] for name, bits in setting.levels.items()}
+        for name, layer in layers.items():
+            self._model.set_submodule(name, layer)
+        weights = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+        stored = sum(layer.bits_per_weight * weights[name] for name, layer in layers.items())
+        return self._model, stored / sum(weights.values())
+
+    def _at(self, quantizer: str, bits: int) -> dict[str, QuantLinear]:
+        key = quantizer, bits
+        if key not in self._layers:
+            modules = self._quantised(*key).named_modules()
+            self._layers[key] = {name: module for name, module in modules if isinstance(module, QuantLinear)}
+        return self._layers[key]
+
+    def _quantised(self, quantizer: str, bits: int) -> SentenceTransformer:
+        model = copy.deepcopy(self._float)
+        fastembed.quantize(model, bits=bits, quantizer=quantizer, verbose=False)
+        return model
+
+
+class Texts:
+    """Queries and documents, tokenised once, in batches of about one length."""
 
     def __init__(self, model: SentenceTransformer, pairs: Sequence[Pair]) -> None:
-        self.model = model
-        self.texts = [[pair.query for pair in pairs], [pair.document for pair in pairs]]
-        self.expected = self._encode(model)
-        self.mrr = quality(*self.expected)[0]
-
-    def row(self, setting: Setting) -> Row:
-        model = copy.deepcopy(self.model)
-        report = fastembed.quantize(model, verbose=False, **setting.arguments)
-        embeddings = self._encode(model)
-        cosine = np.mean([(ours * theirs).sum(axis=1) for ours, theirs in zip(embeddings, self.expected, strict=True)])
-        mrr = quality(*embeddings)[0]
-        assert report.average_bits is not None
-        return Row(setting.order, setting.name, report.average_bits, float(cosine), mrr, 100 * (self.mrr - mrr))
-
-    def _encode(self, model: SentenceTransformer) -> list[np.ndarray]:
-        return [
-            model.encode(texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)
-            for texts in self.texts
+        self._count = len(pairs)
+        texts = [pair.query for pair in pairs] + [pair.document for pair in pairs]
+        order = np.argsort([-len(text) for text in texts], kind="stable")
+        self._batches = [
+            (places, model.preprocess([texts[place] for place in places]))
+            for places in np.split(order, range(BATCH, len(order), BATCH))
+            if len(places)
         ]
 
+    @torch.inference_mode()
+    def encode(self, model: SentenceTransformer) -> np.ndarray:
+        """Embeddings [2, pairs, dim] of unit length: queries, documents."""
+        embeddings: np.ndarray | None = None
+        for places, features in self._batches:
+            found = F.normalize(model(dict(features))["sentence_embedding"], dim=-1).numpy()
+            if embeddings is None:
+                embeddings = np.empty((2 * self._count, found.shape[1]), np.float32)
+            embeddings[places] = found
+        assert embeddings is not None
+        return embeddings.reshape(2, self._count, -1)
 
-def settings(model: SentenceTransformer, averages: Sequence[float], seeds: int) -> Iterator[Setting]:
-    for bits in WIDTHS:
-        yield Setting(UNIFORM, f"{bits} bits", {"bits": bits})
-    # Also at the sizes of uniform widths, where nothing has to be read off a line between them.
-    for average in (*averages, *(size for size in uniform_sizes(model) if averages[0] <= size <= averages[-1])):
+
+class Evaluation:
+    """What quantised copies of a model make of pairs, and of more of them where a goal is judged."""
+
+    def __init__(self, model: SentenceTransformer, pairs: Sequence[Pair], more: Sequence[Pair] = ()) -> None:
+        self._mixer = Mixer(model)
+        self._texts = [Texts(model, side) for side in (pairs, more) if side]
+        self._expected = [texts.encode(model) for texts in self._texts]
+        self._encoded: dict[tuple[Any, ...], tuple[float, np.ndarray]] = {}
+        self.mrr = quality(*self._expected[0])[0]
+        self.mrr_of_all = quality(*np.concatenate(self._expected, axis=1))[0]
+
+    def row(self, setting: Setting) -> Row:
+        """Of the pairs."""
+        bits, embeddings = self._of_pairs(setting)
+        return self._row(setting, bits, embeddings, self._expected[0], self.mrr)
+
+    def row_of_all(self, setting: Setting) -> Row:
+        """Of the pairs and more of them."""
+        bits, embeddings = self._of_pairs(setting)
+        model, _ = self._mixer.mix(setting)
+        embeddings = np.concatenate([embeddings, *(texts.encode(model) for texts in self._texts[1:])], axis=1)
+        return self._row(setting, bits, embeddings, np.concatenate(self._expected, axis=1), self.mrr_of_all)
+
+    def _of_pairs(self, setting: Setting) -> tuple[float, np.ndarray]:
+        key = setting.quantizer, *setting.levels.items()
+        if key not in self._encoded:
+            model, bits = self._mixer.mix(setting)
+            self._encoded[key] = bits, self._texts[0].encode(model)
+        return self._encoded[key]
+
+    @staticmethod
+    def _row(setting: Setting, bits: float, embeddings: np.ndarray, expected: np.ndarray, mrr_of_float: float) -> Row:
+        mrr = quality(*embeddings)[0]
+        cosine = float((embeddings * expected).sum(axis=-1).mean())
+        return Row(setting.order, setting.name, bits, cosine, mrr, 100 * (mrr_of_float - mrr))
+
+
+class Planner:
+    """What every layer gets in a setting."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+        self._layers = find_layers(model, QuantConfig())
+        self._calibration = prepare(model, None)
+        self._names = [layer.name for layer in self._layers.weights]
+
+    def settings(self, averages: Sequence[float], seeds: int) -> Iterator[Setting]:
+        for bits in WIDTHS:
+            yield Setting(UNIFORM, f"{bits} bits", "mse", dict.fromkeys(self._names, bits))
+        # Also at the sizes of uniform widths, where nothing has to be read off a line between them.
+        sizes = [*averages, *(size for size in self.uniform_sizes() if averages[0] <= size <= averages[-1])]
         for order, quantizer in ((MEASURED, "mse"), (CALIBRATED, "gptq")):
-            yield Setting(order, f"avg_bits={average:g}", {"avg_bits": average, "quantizer": quantizer})
-    orders = orders_of_blocks(model, seeds)
-    for average in averages:
-        for order, scores in orders:
-            yield Setting(order, f"avg_bits={average:g}", {"avg_bits": average, "importance": scores})
+            config = QuantConfig(avg_bits=sizes[0], quantizer=quantizer)
+            choices = measured_choices(self._layers, config, self._calibration)
+            for average in sizes:
+                picked = allocate(choices, budget_of(self._layers.weights, average))
+                levels = {name: choice.bits for name, choice in zip(self._names, picked, strict=True)}
+                yield Setting(order, f"avg_bits={average:g}", quantizer, levels)
+        orders = self._orders_of_blocks(seeds)
+        for average in averages:
+            for order, scores in orders:
+                yield Setting(order, f"avg_bits={average:g}", "mse", self._levels_by(scores, average))
 
+    def uniform_sizes(self) -> list[float]:
+        """Bits per weight of the widths, everything counted."""
+        weights = self._layers.weights
+        return [8 * bytes_of(weights, bits, QuantConfig()) / budget_of(weights, 8) for bits in WIDTHS]
 
-def uniform_sizes(model: SentenceTransformer) -> list[float]:
-    """Bits per weight of the widths, everything counted."""
-    reports = [fastembed.quantize(copy.deepcopy(model), bits=bits, verbose=False) for bits in WIDTHS]
-    return [report.average_bits for report in reports if report.average_bits is not None]
+    def _orders_of_blocks(self, seeds: int) -> list[tuple[str, dict[str, float]]]:
+        """Every order as {pattern: score}. The layer outside the blocks comes first in all of them."""
+        orders = []
+        for order in ("lim", "zd"):
+            assigned = self._assigned(QuantConfig(avg_bits=4.25, importance=order))
+            scores = {block: row.score for name, row in assigned if (block := block_of(name)) and row.score is not None}
+            outside = {name: 2.0 for name, _ in assigned if block_of(name) is None}
+            orders.append((order.upper(), scores | outside))
+            orders.append((f"{order.upper()} reversed", {block: -score for block, score in scores.items()} | outside))
+        for seed in range(seeds):
+            shuffled = random.Random(seed).sample(sorted(scores), len(scores))
+            orders.append(("random", {block: place / len(scores) for place, block in enumerate(shuffled)} | outside))
+        return orders
 
+    def _levels_by(self, scores: Mapping[str, float], average: float) -> dict[str, int]:
+        return {name: row.bits for name, row in self._assigned(QuantConfig(avg_bits=average, importance=scores))}
 
-def orders_of_blocks(model: SentenceTransformer, seeds: int) -> list[tuple[str, dict[str, float]]]:
-    """Every order as {pattern: score}. The layer outside the blocks comes first in all of them."""
-    orders = []
-    for order in ("lim", "zd"):
-        report = fastembed.quantize(copy.deepcopy(model), avg_bits=4.25, importance=order, verbose=False)
-        scores = {block: row.score for row in report.rows if (block := block_of(row.name)) and row.score is not None}
-        outside = {row.name: 2.0 for row in report.rows if block_of(row.name) is None}
-        orders.append((order.upper(), scores | outside))
-        orders.append((f"{order.upper()} reversed", {block: -score for block, score in scores.items()} | outside))
-    for seed in range(seeds):
-        shuffled = random.Random(seed).sample(sorted(scores), len(scores))
-        orders.append(("random", {block: place / len(scores) for place, block in enumerate(shuffled)} | outside))
-    return orders
+    def _assigned(self, config: QuantConfig) -> list[tuple[str, Assigned]]:
+        assigned = assign_bits(self._model, self._layers, config, self._calibration)
+        return list(zip(self._names, assigned, strict=True))
 
 
 def uniform_at(rows: Sequence[Row], bits: float) -> float:

@@ -24,11 +24,10 @@ from . import (
     SEEDS,
     UNIFORM,
     Evaluation,
+    Planner,
     Row,
-    Setting,
     has_goal,
     mean_of,
-    settings,
     verdicts,
 )
 from . import __doc__ as method
@@ -66,17 +65,15 @@ def main() -> None:
     model.max_seq_length = MAX_TOKENS
     corpus = build_corpus()
     half = corpus[len(corpus) // 2 :]
-    pairs = half[: arguments.pairs]
-    todo = list(settings(model, sorted(arguments.averages), arguments.seeds))
-    evaluation = Evaluation(model, pairs)
-    rows = _evaluated(evaluation, todo)
-    judged = half[: arguments.pairs] if arguments.quick else half
-    of_all = Evaluation(model, judged)
-    rows_of_all = _evaluated(of_all, [setting for setting in todo if has_goal(setting.order, setting.name)])
+    pairs, more = half[: arguments.pairs], [] if arguments.quick else half[arguments.pairs :]
+    evaluation = Evaluation(model, pairs, more)
+    settings = list(Planner(model).settings(sorted(arguments.averages), arguments.seeds))
+    rows = [evaluation.row(setting) for setting in tqdm(settings, desc="Quantising and encoding", unit=" setting")]
+    rows_of_all = [evaluation.row_of_all(setting) for setting in settings if has_goal(setting.order, setting.name)]
     circumstances = environment.describe("cpu") | {
         "texts": f"{len(pairs)} queries over their {len(pairs)} documents, of at most {MAX_TOKENS} tokens",
         "float32": f"MRR@10 {evaluation.mrr:.4f}",
-        "goals": f"on {len(judged)} pairs, of which float32 has MRR@10 {of_all.mrr:.4f}",
+        "goals": f"on {len(pairs) + len(more)} pairs, of which float32 has MRR@10 {evaluation.mrr_of_all:.4f}",
         "time": f"{(time.perf_counter() - start) / 60:.1f} minutes, {arguments.threads} threads",
     }
     text = _markdown(rows, rows_of_all, circumstances)
@@ -92,10 +89,6 @@ def main() -> None:
         writer.writerows(asdict(row) | circumstances for row in rows)
     _plot(output / "quantize.png", rows)
     print(f"written to {output}/quantize.*", file=sys.stderr)
-
-
-def _evaluated(evaluation: Evaluation, todo: Sequence[Setting]) -> list[Row]:
-    return [evaluation.row(setting) for setting in tqdm(todo, desc="Quantising and encoding", unit=" setting")]
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

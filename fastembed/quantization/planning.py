@@ -46,55 +46,59 @@ def assign_bits(
     Raises:
         ValueError: avg_bits is below what the lowest level takes, or the calibration fails.
     """
-    weights = layers.weights
     if config.avg_bits is None:
-        chosen = [config.bits_of(layer.name) for layer in weights]
+        chosen = [config.bits_of(layer.name) for layer in layers.weights]
         return [Assigned(bits) for bits in chosen if bits is not None]
+    budget = budget_of(layers.weights, config.avg_bits)
     if config.measures:
-        return _best(layers, config, calibration, progress)
-    units = _units(weights, config)
+        _require_budget(layers.weights, _levels_of(config), config)
+        choices = measured_choices(layers, config, calibration, progress)
+        return [Assigned(choice.bits, choice.error) for choice in allocate(choices, budget)]
+    low, high = _two_levels_around(layers.weights, config, budget)
+    _require_budget(layers.weights, [low], config)
+    units = _units(layers.weights, config)
     scores = _scores(model, units, config, calibration)
-    total = sum(_weights(layer) for layer in weights)
-    budget = int(config.avg_bits * total / 8)
-    low, high = _two_levels_around(weights, config, budget)
-    choices = [
-        (
-            Choice(low, sum(_bytes(w, low, config) for w in unit), 0),
-            Choice(high, sum(_bytes(w, high, config) for w in unit), 0),
-        )
-        for unit in units
+    pairs = [
+        (Choice(low, bytes_of(unit, low, config), 0), Choice(high, bytes_of(unit, high, config), 0)) for unit in units
     ]
-    try:
-        picked = two_levels(choices, scores, budget)
-    except ValueError:
-        raise _too_few_bits(config, sum(choice.nbytes for choice, _ in choices), total, low) from None
     assigned = {
         id(layer): Assigned(choice.bits, score)
-        for unit, choice, score in zip(units, picked, scores, strict=True)
+        for unit, choice, score in zip(units, two_levels(pairs, scores, budget), scores, strict=True)
         for layer in unit
     }
-    return [assigned[id(layer)] for layer in weights]
+    return [assigned[id(layer)] for layer in layers.weights]
 
 
-def hessians_for(layers: Layers, config: QuantConfig, calibration: Calibration | None) -> Iterator[Tensor | None]:
-    """What the quantiser needs to know of the inputs of every weight."""
-    if config.quantizer != "gptq":
-        return iter([None] * len(layers.weights))
+def budget_of(weights: Sequence[Linear], avg_bits: float) -> int:
+    """The bytes that so many bits per weight allow."""
+    return int(avg_bits * _count(weights) / 8)
+
+
+def bytes_of(weights: Sequence[Linear], bits: int, config: QuantConfig) -> int:
+    """What is stored for weights at a level: codes, scales, zero points and padding."""
+    from ..nn import QuantLinear  # which imports the quantisers of this package
+
+    return sum(
+        QuantLinear(
+            layer.module.in_features,
+            layer.module.out_features,
+            bias=False,
+            bits=bits,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            scale_dtype=config.scale_dtype,
+            device="meta",
+        ).nbytes
+        for layer in weights
+    )
+
+
+def measured_choices(
+    layers: Layers, config: QuantConfig, calibration: Calibration | None, progress: bool = False
+) -> list[list[Choice]]:
+    """What every level costs and errs, for every weight; the same whatever the budget."""
     assert calibration is not None
-    return hessians(calibration, layers.by_weight)
-
-
-def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, progress: bool) -> list[Assigned]:
-    """The allocation of least measured error."""
-    assert calibration is not None
-    assert config.avg_bits is not None
-    levels = tuple(config.levels or ALL_LEVELS)
-    weights = layers.weights
-    total = sum(_weights(layer) for layer in weights)
-    budget = int(config.avg_bits * total / 8)
-    costs = [[_bytes(layer, level, config) for level in levels] for layer in weights]
-    if (least := sum(map(min, costs))) > budget:
-        raise _too_few_bits(config, least, total, min(levels))
+    levels = _levels_of(config)
 
     def dequantized(hessian: Hessian | None, weight: Tensor, bits: int) -> Tensor:
         return stands_for(*config.quantise(weight, bits, hessian), bits, config.group_size)
@@ -106,11 +110,18 @@ def _best(layers: Layers, config: QuantConfig, calibration: Calibration | None, 
         for hessian in hessians_for(layers, config, fitted)
     )
     errors = measured_errors(judged, layers.by_weight, levels, quantisers, progress)
-    choices = [
-        [Choice(level, cost, error[level]) for level, cost in zip(levels, cost_of_layer, strict=True)]
-        for cost_of_layer, error in zip(costs, errors, strict=True)
+    return [
+        [Choice(level, bytes_of([layer], level, config), errors_of_layer[level]) for level in levels]
+        for layer, errors_of_layer in zip(layers.weights, errors, strict=True)
     ]
-    return [Assigned(choice.bits, choice.error) for choice in allocate(choices, budget)]
+
+
+def hessians_for(layers: Layers, config: QuantConfig, calibration: Calibration | None) -> Iterator[Tensor | None]:
+    """What the quantiser needs to know of the inputs of every weight."""
+    if config.quantizer != "gptq":
+        return iter([None] * len(layers.weights))
+    assert calibration is not None
+    return hessians(calibration, layers.by_weight)
 
 
 def _units(weights: Sequence[Linear], config: QuantConfig) -> list[list[Linear]]:
@@ -141,37 +152,28 @@ def _scores(
     return [1.0 if name is None else by_name[name] for name in blocks]
 
 
+def _levels_of(config: QuantConfig) -> tuple[int, ...]:
+    return tuple(config.levels or ALL_LEVELS)
+
+
 def _two_levels_around(weights: Sequence[Linear], config: QuantConfig, budget: int) -> tuple[int, int]:
     """The two levels of the scheme: those of the configuration, or the neighbours that the budget lies between."""
     if config.levels is not None:
         return min(config.levels), max(config.levels)
-    sizes = {level: sum(_bytes(layer, level, config) for layer in weights) for level in ALL_LEVELS}
-    low = max((level for level in ALL_LEVELS if sizes[level] <= budget), default=1)
+    low = max((level for level in ALL_LEVELS if bytes_of(weights, level, config) <= budget), default=1)
     return low, min(low + 1, 8)
 
 
-def _weights(layer: Linear) -> int:
-    return layer.module.in_features * layer.module.out_features
+def _require_budget(weights: Sequence[Linear], levels: Sequence[int], config: QuantConfig) -> None:
+    """Refuse a budget that not even the smallest level fits into, before anything is scored."""
+    assert config.avg_bits is not None
+    least, bits = min((bytes_of(weights, level, config), level) for level in levels)
+    if least > budget_of(weights, config.avg_bits):
+        raise ValueError(
+            f"avg_bits must be at least {8 * least / _count(weights):.3f} for these layers ({bits} bits of code in "
+            f"groups of {config.group_size}, with their scales), got {config.avg_bits}; the model is left as it was"
+        )
 
 
-def _bytes(layer: Linear, bits: int, config: QuantConfig) -> int:
-    """What is stored for the layer's weight at a level, padding included."""
-    from ..nn import QuantLinear  # which imports the quantisers of this package
-
-    return QuantLinear(
-        layer.module.in_features,
-        layer.module.out_features,
-        bias=False,
-        bits=bits,
-        group_size=config.group_size,
-        symmetric=config.symmetric,
-        scale_dtype=config.scale_dtype,
-        device="meta",
-    ).nbytes
-
-
-def _too_few_bits(config: QuantConfig, least: int, total: int, bits: int) -> ValueError:
-    return ValueError(
-        f"avg_bits must be at least {8 * least / total:.3f} for these layers ({bits} bits of code in groups of "
-        f"{config.group_size}, with their scales), got {config.avg_bits}; the model is left as it was"
-    )
+def _count(weights: Sequence[Linear]) -> int:
+    return sum(layer.module.in_features * layer.module.out_features for layer in weights)

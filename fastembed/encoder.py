@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
 from .nn.mix import LayerMix
 from .ops._pooling_checks import check_modes, flat_mask
-from .ops.pooling import finish_pooled, pool_exits
+from .ops.pooling import finish_pooled, output_columns, pool_exits
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -117,20 +116,21 @@ class MultiExitEncoder(nn.Module):
             raise TypeError(f"select must be a function of input_ids, got {type(select).__name__}")
         self.select = select
         self._backbone = backbone = find_backbone(model, layers)
-        self.heads = nn.ModuleDict(_check_heads(heads, backbone.hidden_size))
-        widths = {int(layer): _head_width(head, layer, backbone.hidden_size) for layer, head in self.heads.items()}
         depth = len(backbone.layers)
-        whole = modes * widths.get(depth, backbone.hidden_size)
-        self.exits = _check_exits([(depth, whole)] if exits is None else exits)
+        self.heads = nn.ModuleDict(_check_heads(heads, backbone.widths))
+        widths = dict(enumerate(backbone.widths))
+        widths |= {int(layer): _head_width(head, layer, widths[int(layer)]) for layer, head in self.heads.items()}
+        self.exits = _check_exits([(depth, modes * widths[depth])] if exits is None else exits)
         for layer, dim in self.exits:
             if not all(0 <= one <= depth for one in _layers(layer)):
                 raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
-            width = modes * (
-                widths.get(layer, backbone.hidden_size) if isinstance(layer, int) else backbone.hidden_size
-            )
+            of_layers = [backbone.widths[one] for one in layer] if isinstance(layer, tuple) else [widths[layer]]
+            if len(set(of_layers)) > 1:
+                raise ValueError(f"exits must mix layers of one width, got {(layer, dim)}, of {of_layers} features")
+            width = modes * of_layers[0]
             if not 1 <= dim <= width:
                 raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
-        if idle := widths.keys() - {layer for layer, _ in self.exits}:
+        if idle := {int(layer) for layer in self.heads} - {layer for layer, _ in self.exits}:
             raise ValueError(f"heads must belong to layers with an exit, got one for layer {min(idle)}")
         self.mixes = nn.ModuleDict(_check_mixes(mixes, [layer for layer, _ in self.exits]))
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer, max_length)
@@ -162,7 +162,7 @@ class MultiExitEncoder(nn.Module):
         """
         wanted = self._choose(exits)
         pooled: dict[Exit, Tensor] = {}
-        selected = None if self.select is None else self.select(_input_ids(inputs))
+        selected = None if self.select is None else _selected(self.select, inputs)
         pool = self._pooler(wanted, pooled, inputs.get("attention_mask"), selected, prompt_length, out_dtype)
         stream_layers(self._backbone, inputs, _last_layer(wanted), pool)
         return {exit: pooled[exit] for exit in wanted}
@@ -211,6 +211,8 @@ class MultiExitEncoder(nn.Module):
         """What pools the hidden states of a layer into `pooled` where they are wanted."""
         check_integer("prompt_length", prompt_length, 0)
         mask = None if mask is None else flat_mask(mask)
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [B, T] or [B, 1, 1, T], got shape {list(mask.shape)}")
         dims: dict[int | tuple[int, ...], list[int]] = {}
         for layer, dim in wanted:
             dims.setdefault(layer, []).append(dim)
@@ -247,7 +249,7 @@ class MultiExitEncoder(nn.Module):
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         exits: Sequence[Exit] | None = None,
         prompt: str | None = None,
@@ -255,56 +257,52 @@ class MultiExitEncoder(nn.Module):
         batch_size: int = 32,
         precision: str = "float32",
         show_progress_bar: bool = False,
-    ) -> dict[Exit, np.ndarray]:
-        """Embeddings of texts, batched by their number of tokens, in inference mode.
+        convert_to_tensor: bool = False,
+    ) -> dict[Exit, Any]:
+        """Embeddings of texts, batched by their number of tokens, in inference mode, on the model's device.
 
         Args:
-            texts: a list of strings.
+            texts: a list of strings, or one string.
             exits: which of the encoder's exits. None: all.
             prompt: put in front of every text. `prompt_name`: the prompt of that name of the SentenceTransformer.
             batch_size: texts that go through the model together, at most; on the CPU long texts go in fewer.
             precision: "float32"; "float16"; "int8", each vector times 127 over its largest magnitude, which leaves
                 cosines as they are; "ubinary", packed sign bits as `fastembed.pack_bits` makes them.
             show_progress_bar: whether to show one.
+            convert_to_tensor: whether to return tensors on the model's device instead of NumPy arrays.
 
         Returns:
-            (layer, dim) -> [len(texts), dim] (ubinary: [len(texts), ceil(dim / 8)]), in the order of the texts.
+            (layer, dim) -> [len(texts), dim] (ubinary: [len(texts), ceil(dim / 8)]), in the order of the texts; of one
+            string [dim].
 
         Raises:
-            TypeError: texts is one string or holds something else.
+            TypeError: texts, prompt or batch_size of another type.
             ValueError: no tokenizer, an unknown precision or prompt name, or a batch size below 1.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(
-                "texts must be a list of strings, got " + ("one string" if isinstance(texts, str) else "other items")
-            )
+        several = [texts] if isinstance(texts, str) else _check_texts(texts)
         if self._tokenizer is None:
             raise ValueError("tokenizer must be given to the MultiExitEncoder before texts can be encoded, got None")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_integer("batch_size", batch_size, 1)
         wanted = self._choose(exits)
         prompt = self._prompt(prompt, prompt_name)
         prompt_length = 0 if self.include_prompt else self._tokenizer.prompt_length(prompt)
         device = next(self.model.parameters()).device
         out_dtype = PRECISIONS[precision]
-        results: dict[Exit, np.ndarray] = {}
+        target = device if convert_to_tensor else torch.device("cpu")
+        shapes = {exit: (len(several), output_columns(exit[1], out_dtype)) for exit in wanted}
+        results = {exit: torch.empty(shape, dtype=out_dtype, device=target) for exit, shape in shapes.items()}
         with self._evaluating(), torch.inference_mode():
             for rows, inputs in batches_by_length(
-                self._tokenizer, texts, prompt, batch_size, device, show_progress_bar
+                self._tokenizer, several, prompt, batch_size, device, show_progress_bar
             ):
+                places = torch.from_numpy(rows).to(target)
                 for exit, embedding in self(wanted, prompt_length=prompt_length, out_dtype=out_dtype, **inputs).items():
-                    piece = embedding.cpu().numpy()
-                    if exit not in results:
-                        results[exit] = np.empty((len(texts), piece.shape[1]), dtype=piece.dtype)
-                    results[exit][rows] = piece
-        if results:
-            return results
-        empty = finish_pooled(
-            [torch.empty(0, max(dim for _, dim in wanted))], [dim for _, dim in wanted], True, out_dtype
-        )
-        return {exit: empty[0][exit[1]].numpy() for exit in wanted}
+                    results[exit][places] = embedding.to(target)
+        if isinstance(texts, str):
+            results = {exit: embeddings[0] for exit, embeddings in results.items()}
+        return results if convert_to_tensor else {exit: embeddings.numpy() for exit, embeddings in results.items()}
 
     def sentence_transformer(self, exit: Exit | None = None) -> "SentenceTransformer":
         """One exit as a SentenceTransformer of its own, with the layers behind it left out; shares the parameters.
@@ -367,6 +365,8 @@ class MultiExitEncoder(nn.Module):
         return chosen
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         if name is None:
             return prompt or ""
         if prompt is not None:
@@ -405,10 +405,23 @@ class MultiExitEncoder(nn.Module):
         return vectors
 
 
-def _input_ids(inputs: Mapping[str, Any]) -> Tensor:
+def _selected(select: Callable[[Tensor], Tensor], inputs: Mapping[str, Any]) -> Tensor:
     if not isinstance(ids := inputs.get("input_ids"), Tensor):
         raise ValueError(f"inputs must have input_ids for select to choose from, got {', '.join(inputs) or 'none'}")
-    return ids
+    selected = select(ids)
+    if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.shape != ids.shape:
+        got = f"{selected.dtype} {list(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
+        raise ValueError(f"select must return a bool tensor {list(ids.shape)}, as input_ids, got {got}")
+    return selected
+
+
+def _check_texts(texts: Any) -> list[str]:
+    if isinstance(texts, (dict, bytes)) or not hasattr(texts, "__len__") or not hasattr(texts, "__getitem__"):
+        raise TypeError(f"texts must be a string or a list of strings, got {type(texts).__name__}")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings, got {type(text).__name__} at position {position}")
+    return list(texts)
 
 
 def _layers(layer: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -462,15 +475,17 @@ def _check_mapping(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dict by layer, got {type(value).__name__}")
 
 
-def _check_heads(heads: Mapping[int, nn.Module] | None, hidden_size: int) -> dict[str, nn.Module]:
+def _check_heads(heads: Mapping[int, nn.Module] | None, widths: Sequence[int]) -> dict[str, nn.Module]:
     _check_mapping("heads", heads)
     checked = {}
     for layer, head in (heads or {}).items():
         if not isinstance(head, nn.Module):
             raise TypeError(f"heads must map layers to modules, got a {type(head).__name__} for layer {layer}")
-        if getattr(head, "in_features", hidden_size) != hidden_size:
+        if type(layer) is not int or not 0 <= layer < len(widths):
+            raise ValueError(f"heads must be for layers 0 (the embeddings) to {len(widths) - 1}, got one for {layer!r}")
+        if getattr(head, "in_features", widths[layer]) != widths[layer]:
             raise ValueError(
-                f"heads must take the model's {hidden_size} features, got one of {head.in_features} for layer {layer}"
+                f"heads must take the model's {widths[layer]} features, got one of {head.in_features} for layer {layer}"
             )
         checked[str(layer)] = head
     return checked

@@ -72,6 +72,8 @@ def prepend_token(
         tokenizer = pipeline.tokenizer if tokenizer is None else tokenizer
         model = pipeline[0].auto_model
     backbone = find_backbone(model, layers)
+    if backbone.shares_layers:
+        raise ValueError(f"model must be a decoder, whose layers run once each, got {type(backbone.model).__name__}")
     depth = len(backbone.layers)
     for name, value, smallest, largest in (
         ("start", start, 0, depth - 1),

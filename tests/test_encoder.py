@@ -30,6 +30,18 @@ MODELS = {
     "clip vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**IMAGE)),
     "siglip vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**IMAGE)),
     "vit": (transformers.ViTModel, transformers.ViTConfig(**IMAGE)),
+    # Layers that run several times, tokens as the first axis, and norms of other names behind the last layer.
+    "albert": (transformers.AlbertModel, transformers.AlbertConfig(**TEXT, embedding_size=32)),
+    "albert, groups": (
+        transformers.AlbertModel,
+        transformers.AlbertConfig(**{**TEXT, "num_hidden_layers": 4}, embedding_size=32, num_hidden_groups=2),
+    ),
+    "xlnet": (
+        transformers.XLNetModel,
+        transformers.XLNetConfig(vocab_size=100, d_model=64, n_layer=3, n_head=4, d_inner=96, pad_token_id=0),
+    ),
+    "megatron bert": (transformers.MegatronBertModel, transformers.MegatronBertConfig(**TEXT)),
+    "roberta, norms first": (transformers.RobertaPreLayerNormModel, transformers.RobertaPreLayerNormConfig(**TEXT)),
 }
 VISION = ("clip vision", "siglip vision", "vit")
 ARCHITECTURES = [*tiny_models.CONFIGS, *MODELS]
@@ -40,7 +52,12 @@ def build(architecture: str) -> nn.Module:
         return tiny_models.encoder(architecture)
     model, config = MODELS[architecture]
     torch.manual_seed(0)
-    return model(config).eval()
+    built = model(config).eval()
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias"):  # all zeros otherwise, which hides a lost norm
+                parameter.normal_(std=0.1)
+    return built
 
 
 def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
@@ -230,6 +247,29 @@ def test_precisions(pipeline) -> None:
     assert cosines.min() > 0.999
 
 
+def test_one_text_and_tensors(pipeline) -> None:
+    encoder, texts = MultiExitEncoder(pipeline, [(1, 16), (2, 64)]), tiny_models.texts()
+    expected = encoder.encode(texts[:1])
+    assert {exit: row.shape for exit, row in encoder.encode(texts[0]).items()} == {(1, 16): (16,), (2, 64): (64,)}
+    for exit, row in encoder.encode(texts[0], convert_to_tensor=True).items():
+        assert isinstance(row, torch.Tensor)
+        assert torch.equal(row, torch.from_numpy(expected[exit][0]))
+
+
+def test_a_swapped_model_takes_a_large_batch_whole() -> None:
+    """By itself it runs it in slices, of which an exit would see the first or the last."""
+    model, inputs = tiny_models.encoder(), tiny_models.batch(60)
+    fastembed.swap(model, verbose=False)
+    encoder = MultiExitEncoder(model, [(1, 64), (2, 64)])
+    with torch.no_grad():
+        with encoder.observe(inputs["attention_mask"]) as embeddings:
+            model(**inputs)
+        by_rows = [encoder(**{name: x[row : row + 1] for name, x in inputs.items()}) for row in range(60)]
+        for exit, embedding in encoder(**inputs).items():
+            torch.testing.assert_close(embedding, torch.cat([row[exit] for row in by_rows]), atol=1e-5, rtol=0)
+            assert torch.equal(embedding, embeddings[exit])
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "ubinary"])
 def test_no_texts(pipeline, precision: str) -> None:
     embeddings = MultiExitEncoder(pipeline, [(1, 20)]).encode([], precision=precision)
@@ -346,6 +386,7 @@ def test_a_transformers_model_with_its_tokenizer(pipeline) -> None:
         ({"layers": "encoder"}, "layers must be the attribute path of a ModuleList"),
         ({"heads": {1: nn.Linear(64, 8)}}, "heads must belong to layers with an exit, got one for layer 1"),
         ({"heads": {2: nn.Linear(32, 8)}}, "heads must take the model's 64 features, got one of 32"),
+        ({"heads": {9: nn.Linear(64, 8)}}, r"heads must be for layers 0 \(the embeddings\) to 2, got one for 9"),
         (
             {"heads": {2: nn.Sequential(nn.Linear(32, 8), nn.ReLU())}},
             "heads must take the model's 64 features, and that of layer 2 fails on them",
@@ -362,6 +403,8 @@ def test_bad_types() -> None:
         MultiExitEncoder("bert")
     with pytest.raises(TypeError, match=r"exits must be pairs of ints \(layer, dim\), got 3"):
         MultiExitEncoder(tiny_models.encoder(), [3])
+    with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
+        MultiExitEncoder(tiny_models.encoder(), tokenizer="bert")
     with pytest.raises(TypeError, match="heads must map layers to modules"):
         MultiExitEncoder(tiny_models.encoder(), heads={1: 3})
     for argument in ("heads", "mixes"):
@@ -376,20 +419,57 @@ def test_a_model_whose_layers_cannot_be_found() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"a ModuleList of its 5 layers, and BertModel has none: pass layers='\.\.\.'"):
         MultiExitEncoder(model)
+    lists_of_parts = transformers.XLMModel(transformers.XLMConfig(emb_dim=64, n_layers=3, n_heads=4, n_words=100))
+    with pytest.raises(ValueError, match=r"has several side by side.*\(attentions, layer_norm1, ffns, layer_norm2\)"):
+        MultiExitEncoder(lists_of_parts)
+    two_towers = transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE))
+    with pytest.raises(ValueError, match=r"pass one of its parts: text_model \(CLIPTextModel\), vision_model"):
+        MultiExitEncoder(two_towers)
+
+
+def test_exits_of_a_hierarchy_have_the_width_of_their_stage() -> None:
+    sizes = {"hidden_sizes": [16, 32], "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [4, 2]}
+    config = transformers.SegformerConfig(
+        **sizes, patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]
+    )
+    model = transformers.SegformerModel(config).eval()
+    encoder = MultiExitEncoder(model, [(1, 16), (2, 32)], heads={1: nn.Linear(16, 24)})
+    shapes = [tuple(x.shape) for x in encoder(**inputs_of("vit")).values()]
+    assert shapes == [(3, 16), (3, 32)]
+    with pytest.raises(ValueError, match=r"exits must have dims of 1 to 16 at layer 1, got \(1, 32\)"):
+        MultiExitEncoder(model, [(1, 32)])
+    with pytest.raises(ValueError, match=r"heads must take the model's 16 features, got one of 32 for layer 1"):
+        MultiExitEncoder(model, [(1, 8)], heads={1: nn.Linear(32, 8)})
+    with pytest.raises(ValueError, match=r"exits must mix layers of one width, got \(\(1, 2\), 8\), of \[16, 32\]"):
+        MultiExitEncoder(model, [((1, 2), 8)])
 
 
 def test_bad_calls(pipeline) -> None:
     encoder = MultiExitEncoder(pipeline, [(1, 16)])
     with pytest.raises(ValueError, match=r"exits must be of this encoder's, \[\(1, 16\)\], got \(2, 64\)"):
         encoder.encode(["w1"], exits=[(2, 64)])
-    with pytest.raises(TypeError, match="texts must be a list of strings, got one string"):
-        encoder.encode("w1")
+    for texts, got in ((None, "NoneType"), ((text for text in ["w1"]), "generator"), ({"w1": 1}, "dict")):
+        with pytest.raises(TypeError, match=f"texts must be a string or a list of strings, got {got}"):
+            encoder.encode(texts)
+    with pytest.raises(TypeError, match="texts must be strings, got int at position 1"):
+        encoder.encode(["w1", 2])
+    with pytest.raises(TypeError, match="prompt must be a string, got int"):
+        encoder.encode(["w1"], prompt=3)
     with pytest.raises(ValueError, match="precision must be one of float32"):
         encoder.encode(["w1"], precision="int4")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encoder.encode(["w1"], batch_size=0)
     with pytest.raises(ValueError, match="prompt_name must be one of none, got 'query'"):
         encoder.encode(["w1"], prompt_name="query")
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \[B, T\] or \[B, 1, 1, T\], got shape \[1, 1, 2, 2\]"
+    ):
+        encoder(input_ids=ids, attention_mask=torch.ones(1, 1, 2, 2))
+    for wrong, got in ((ids, r"torch.int64 \[1, 2\]"), (ids[:, :1] > 0, r"torch.bool \[1, 1\]"), (3, "int")):
+        choosing = MultiExitEncoder(pipeline, [(1, 16)], select=lambda _, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=rf"select must return a bool tensor \[1, 2\], as input_ids, got {got}"):
+            choosing(input_ids=ids)
     with pytest.raises(ValueError, match="prompt_length must be at least 0, got -1"):
         encoder(input_ids=torch.tensor([[1, 2]]), prompt_length=-1)
     with pytest.raises(ValueError, match="tokenizer must be given"):
@@ -400,6 +480,17 @@ def test_pipelines_that_do_more_than_pool(pipeline) -> None:
     pipeline.append(Dense(64, 16))
     with pytest.raises(ValueError, match="model must be a SentenceTransformer of a Transformer, a Pooling"):
         MultiExitEncoder(pipeline)
+
+
+def test_layers_that_share_their_weights_are_cut_off(pipeline, tmp_path) -> None:
+    encoder = MultiExitEncoder(build("albert"), [(2, 16), (3, 64)], tokenizer=pipeline.tokenizer)
+    encoder.sentence_transformer((2, 16)).save(str(tmp_path / "two"))
+    loaded, texts = SentenceTransformer(str(tmp_path / "two"), device="cpu"), tiny_models.texts()
+    assert loaded[0].auto_model.config.num_hidden_layers == 2
+    np.testing.assert_allclose(loaded.encode(texts), encoder.encode(texts)[2, 16], atol=1e-6)
+    groups = MultiExitEncoder(build("albert, groups"), [(2, 16)], tokenizer=pipeline.tokenizer)
+    with pytest.raises(ValueError, match="AlbertModel shares them in 2 groups"):
+        groups.sentence_transformer()
 
 
 def test_a_shorter_model_without_its_final_norm_is_refused(pipeline) -> None:

@@ -187,6 +187,12 @@ def test_bad_models() -> None:
         pass
     with pytest.raises(ValueError, match=r"pass layers='\.\.\.'"), fastembed.prepend_token(nn.Linear(3, 3), 5):
         pass
+    albert = transformers.AlbertModel(transformers.AlbertConfig(hidden_size=64, num_attention_heads=4, vocab_size=100))
+    with (
+        pytest.raises(ValueError, match="model must be a decoder, whose layers run once each, got AlbertModel"),
+        fastembed.prepend_token(albert, 5),
+    ):
+        pass
 
 
 @torch.no_grad()

@@ -1,17 +1,23 @@
 """The layers of a transformers backbone, and its hidden states while it runs."""
 
+import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor, nn
 
-# What architectures call the norm behind their last layer; those that normalise inside each layer have none.
+# What architectures call the norm behind their last layer, for those whose code cannot be read.
 _FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f", "layernorm", "post_layernorm")
 # CLIP's vision tower has a post_layernorm that only its class token goes through.
 _WITHOUT_FINAL_NORM = ("clip_vision_model",)
+# Architectures whose layers hand on [T, B, D].
+_TOKENS_FIRST = ("xlnet",)
 
 
 @dataclass(frozen=True)
@@ -20,14 +26,14 @@ class Backbone:
 
     Attributes:
         model: the whole backbone.
-        layers: its layers in the order they run.
-        path: where the layers stand in it.
+        layers: its layers in the order they run; one that runs several times (ALBERT's) stands there as often.
+        path: where the list of layers stands in it.
         final_norm: the norm behind the last layer, or None.
         widths: features of the hidden states, of the embedding output and behind every layer.
     """
 
     model: nn.Module
-    layers: nn.ModuleList
+    layers: tuple[nn.Module, ...]
     path: str
     final_norm: nn.Module | None
     widths: tuple[int, ...]
@@ -37,34 +43,62 @@ class Backbone:
         """Features behind the last layer."""
         return self.widths[-1]
 
+    @property
+    def shares_layers(self) -> bool:
+        return len(set(self.layers)) < len(self.layers)
+
 
 def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
     """The layers of a model, found by its configuration, or at the attribute path `layers`.
 
     Raises:
-        ValueError: no list of layers is there.
+        ValueError: no list of layers is there, or several stand side by side.
     """
     config = getattr(model, "config", None)
-    depth = getattr(config, "num_hidden_layers", getattr(config, "num_encoder_blocks", None))
-    if layers is None:
-        path = next((name for name, module in model.named_modules() if _is_stack(module, depth)), None)
-        if path is None:
-            wanted = "a config with num_hidden_layers" if depth is None else f"a ModuleList of its {depth} layers"
-            raise ValueError(
-                f"model must have {wanted}, and {type(model).__name__} has none: pass layers='...', the attribute path "
-                "of the list of layers, such as 'encoder.layer'"
-            )
-    else:
-        path = layers
-        modules = dict(model.named_modules())
-        if not isinstance(modules.get(path), nn.ModuleList):
-            raise ValueError(
-                f"layers must be the attribute path of a ModuleList of the model, got {path!r}; it has "
-                f"{', '.join(name for name, module in modules.items() if isinstance(module, nn.ModuleList)) or 'none'}"
-            )
-    stack = model.get_submodule(path)
-    assert isinstance(stack, nn.ModuleList)
-    return Backbone(model, stack, path, _find_final_norm(model, path), _find_widths(model, len(stack)))
+    depth = _depth(model)
+    # ALBERT's layers run in groups that share their weights.
+    modules = getattr(config, "num_hidden_groups", depth)
+    path = _find_path(model, depth, modules) if layers is None else layers
+    stack = dict(model.named_modules()).get(path)
+    if not isinstance(stack, nn.ModuleList) or not len(stack):
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ValueError(
+            f"layers must be the attribute path of a ModuleList of the model, got {path!r}; it has "
+            f"{', '.join(lists) or 'none'}"
+        )
+    in_order = tuple(stack)
+    if depth is not None and len(stack) == modules != depth:
+        in_order = tuple(stack[int(layer / (depth / modules))] for layer in range(depth))
+    return Backbone(model, in_order, path, _find_final_norm(model, path), _find_widths(model, len(in_order)))
+
+
+def _depth(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "num_hidden_layers", getattr(config, "num_encoder_blocks", None))
+
+
+def _find_path(model: nn.Module, depth: int | None, modules: int | None) -> str:
+    """Where the first list of so many modules stands."""
+    name = type(model).__name__
+    if depth is None:
+        parts = [f"{part} ({type(module).__name__})" for part, module in model.named_children() if _depth(module)]
+        advice = f"pass one of its parts: {', '.join(parts)}" if parts else _PASS_LAYERS
+        raise ValueError(f"model must have a config with num_hidden_layers, and {name} has none: {advice}")
+    path = next((path for path, module in model.named_modules() if _is_stack(module, modules)), None)
+    if path is None:
+        raise ValueError(f"model must have a ModuleList of its {depth} layers, and {name} has none: {_PASS_LAYERS}")
+    # XLM keeps attentions, norms and feed-forwards in lists of their own: none of them is of whole layers.
+    parent = path.rpartition(".")[0]
+    beside = [part for part, module in model.get_submodule(parent).named_children() if _is_stack(module, modules)]
+    if len(beside) > 1:
+        raise ValueError(
+            f"model must have one ModuleList of its {depth} layers, and {name} has several side by side, perhaps each "
+            f"of a part of every layer ({', '.join(beside)}): {_PASS_LAYERS}"
+        )
+    return path
+
+
+_PASS_LAYERS = "pass layers='...', the attribute path of the list of layers, such as 'encoder.layer'"
 
 
 def _find_widths(model: nn.Module, depth: int) -> tuple[int, ...]:
@@ -78,21 +112,34 @@ def _find_widths(model: nn.Module, depth: int) -> tuple[int, ...]:
     return (config.num_channels, *widths)  # type: ignore[union-attr]
 
 
-def _is_stack(module: nn.Module, depth: int | None) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) == depth and len({type(layer) for layer in module}) == 1
+def _is_stack(module: nn.Module, modules: int | None) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == modules and len({type(layer) for layer in module}) == 1
 
 
 def _find_final_norm(model: nn.Module, path: str) -> nn.Module | None:
-    """Beside the list of layers, or beside what holds it."""
+    """The norm that what holds the list of layers, or what holds that, calls once they have run."""
     if getattr(getattr(model, "config", None), "model_type", None) in _WITHOUT_FINAL_NORM:
         return None
-    while path:
-        path = path.rpartition(".")[0]
+    whole = getattr(model, "base_model", model)  # without a head for some task, which may have norms of its own
+    owner = None
+    while path and owner is not whole:
+        path, _, name = path.rpartition(".")
         owner = model.get_submodule(path)
-        for name in _FINAL_NORMS:
-            if (norm := owner._modules.get(name)) is not None:
+        for called in _called_after(type(owner).forward, name):
+            norm = owner._modules.get(called)
+            if norm is not None and "norm" in type(norm).__name__.lower():
                 return norm
     return None
+
+
+@cache
+def _called_after(forward: Callable[..., Any], name: str) -> tuple[str, ...]:
+    """The modules that a forward calls after the last mention of its child `name`."""
+    try:
+        *_, after = re.split(rf"\bself\.{name}\b", inspect.getsource(forward))
+    except (OSError, TypeError):  # no source to read
+        return _FINAL_NORMS
+    return tuple(re.findall(r"\bself\.(\w+)\(", after))
 
 
 class _Stop(BaseException):
@@ -131,19 +178,35 @@ def watch_layers(backbone: Backbone, last: int, receive: Callable[[int, Tensor],
     The hooks see every thread that runs the model, and serve this one.
     """
     owner = threading.get_ident()
+    tokens_first = getattr(getattr(backbone.model, "config", None), "model_type", None) in _TOKENS_FIRST
 
     def hand_over(layer: int, hidden: Any) -> None:
-        if threading.get_ident() == owner:
-            receive(layer, _tokens(hidden if isinstance(hidden, Tensor) else hidden[0]))
+        if layer <= last:
+            hidden = hidden if isinstance(hidden, Tensor) else hidden[0]
+            receive(layer, hidden.transpose(0, 1) if tokens_first else _tokens(hidden))
 
-    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hand_over(0, args[0] if args else kwargs["hidden_states"])
+    def hooks(module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        turns = cycle([layer for layer, other in enumerate(backbone.layers, start=1) if other is module])
+        layer = 0
 
-    def after(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _args, output: hand_over(layer, output)
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal layer
+            if threading.get_ident() == owner:
+                layer = next(turns)
+                if layer == 1:
+                    hand_over(0, args[0] if args else kwargs["hidden_states"])
 
-    handles = [backbone.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-    handles += [backbone.layers[layer - 1].register_forward_hook(after(layer)) for layer in range(1, last + 1)]
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() == owner:
+                hand_over(layer, output)
+
+        return before, after
+
+    handles = []
+    for module in dict.fromkeys(backbone.layers[: max(1, last)]):
+        before, after = hooks(module)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
     try:
         yield
     finally:

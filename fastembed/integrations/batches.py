@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .._checks import check_integer
+
 # Tokens that go through the encoder together on the CPU. The activations of one slice then stay in the caches; those of
 # a batch of 32 long texts do not, and their buffers are so large that every layer gets them from the kernel afresh.
 SLICE_TOKENS = 1024
@@ -20,6 +22,10 @@ class Tokenizer:
     """A transformers tokenizer, and the most tokens to keep of a text."""
 
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        if max_length is not None:
+            check_integer("max_length", max_length, 1)
         self.tokenizer = tokenizer
         limit = getattr(tokenizer, "model_max_length", None)
         # Tokenizers without a limit say so with a number beyond any text.

@@ -70,11 +70,17 @@ def exit_model(
     """A SentenceTransformer of the layers up to an exit, sharing their parameters.
 
     Raises:
-        ValueError: the model is swapped, or the head is no nn.Linear, which is the one kind that saves.
+        ValueError: the model is swapped; the head is no nn.Linear, which is the one kind that saves; or layers share
+            their weights in several groups (ALBERT), which depend on how many layers there are.
     """
     layer, dim = exit
     if is_changed(backbone.model):
         raise ValueError("model must not be swapped, because what is saved is the original: unswap it first")
+    if backbone.shares_layers and len(set(backbone.layers)) > 1:
+        raise ValueError(
+            f"model must have layers that all share their weights, or none, to be cut off at exit {exit}, and "
+            f"{type(backbone.model).__name__} shares them in {len(set(backbone.layers))} groups"
+        )
     if head is not None and not isinstance(head, nn.Linear):
         raise ValueError(f"heads must be nn.Linear to be saved, got a {type(head).__name__} for layer {layer}")
     model = _cut_off(backbone, layer)
@@ -125,10 +131,12 @@ def _cut_off(backbone: Backbone, layer: int) -> Any:
     """A copy of the model with the layers after `layer` left out. The tensors are the same, not copies."""
     tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    memo.update({id(dropped): nn.Identity() for dropped in backbone.layers[layer:]})
+    if not backbone.shares_layers:
+        memo.update({id(dropped): nn.Identity() for dropped in backbone.layers[layer:]})
     model: Any = copy.deepcopy(backbone.model, memo)
-    parent, _, name = backbone.path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = model.get_submodule(backbone.path)[:layer]
+    if not backbone.shares_layers:
+        parent, _, name = backbone.path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = model.get_submodule(backbone.path)[:layer]
     model.config.num_hidden_layers = layer
     if (types := getattr(model.config, "layer_types", None)) is not None:
         model.config.layer_types = types[:layer]

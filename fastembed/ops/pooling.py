@@ -289,7 +289,7 @@ class _NativeCall:
             self._alive.append(hidden)
             prefixes = []
             for dim in exit_dims:
-                output = torch.empty((sequences, _output_columns(dim, out_dtype)), dtype=out_dtype, device=device)
+                output = torch.empty((sequences, output_columns(dim, out_dtype)), dtype=out_dtype, device=device)
                 self.outputs.append(output)
                 prefixes.append((dim, output.data_ptr()))
             strides = hidden.stride()
@@ -315,7 +315,8 @@ class _NativeCall:
         return [*pooled, *winners], _states(pooled, winners)
 
 
-def _output_columns(dim: int, out_dtype: torch.dtype) -> int:
+def output_columns(dim: int, out_dtype: torch.dtype) -> int:
+    """Elements of an embedding of so many dims: packed bits are eight to one."""
     return (dim + 7) // 8 if out_dtype == torch.uint8 else dim
 
 
@@ -402,7 +403,7 @@ def _fake(
 ) -> list[Tensor]:
     first = hidden_states[0]
     batch = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    outputs = [first.new_empty((batch, _output_columns(dim, out_dtype)), dtype=out_dtype) for dim in dims]
+    outputs = [first.new_empty((batch, output_columns(dim, out_dtype)), dtype=out_dtype) for dim in dims]
     if not keep_state:
         return outputs
     shapes = [(batch, max(exit_dims)) for exit_dims in _by_exit(dims, dims_per_exit)]

@@ -1,5 +1,6 @@
 """Fixtures shared by the CPU suites."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,26 @@ settings.register_profile("default", derandomize=True, max_examples=40, **_commo
 settings.register_profile("quick", derandomize=True, max_examples=4, **_common)
 settings.register_profile("explore", max_examples=1000, **_common)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    # More threads than cores: those that wait for the next loop must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from parallel import ByFile
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a process of `pytest -n`
+        from parallel import longest_first
+
+        longest_first(items)
 
 
 @pytest.fixture(params=supported_isa_levels())

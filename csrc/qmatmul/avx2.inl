@@ -268,7 +268,7 @@ INLINE bool takes_signed_bytes(const Panel& panel) { return panel.bits == 8 && P
 
 void unpack_groups(const Panel& panel, const Block& block) {
   for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
-    const int64_t group = block.first_quad / panel.group_quads + i;
+    const int64_t group = block.first_group + i;
     for (int64_t t = 0; t < block_columns; t += lanes) {
       const int64_t at = i * block_columns + t;
       const __m256 scales = load_scales(panel, group, block.column + t);
@@ -306,16 +306,42 @@ INLINE __m256i load_quad(const int8_t* codes) {
 
 INLINE __m256i load_ints(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
+// The float sums of a tile: from memory, [Rows, block_columns], unless they begin with this block.
+template <int Rows>
+INLINE void begin_tile(const Block& block, const float* totals, __m256 (&total)[Rows][tile_vectors]) {
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_vectors; ++t) {
+      total[r][t] = block.first ? _mm256_setzero_ps() : _mm256_load_ps(totals + r * block_columns + t * lanes);
+    }
+  }
+}
+
+// Back to memory, or to where they are wanted, for the tokens from `row` on.
+template <int Rows>
+INLINE void end_tile(const Block& block, int64_t row, const float* scales, const __m256 (&total)[Rows][tile_vectors],
+                     float* totals) {
+  for (int r = 0; r < Rows; ++r) {
+    for (int t = 0; t < tile_vectors; ++t) {
+      if (block.plain == nullptr) {
+        _mm256_store_ps(totals + r * block_columns + t * lanes, total[r][t]);
+        continue;
+      }
+      const Output& output = *block.plain;
+      const int64_t column = block.column + t * lanes;
+      const __m256 y = multiply_add(total[r][t], broadcast(scales[r]), _mm256_load_ps(output.bias + column));
+      float* to = static_cast<float*>(output.data) + (row + r) * output.row_stride + column;
+      store8(to, output.columns - column, y);
+    }
+  }
+}
+
 template <int Rows, class Products>
 void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
   __m256 total[Rows][tile_vectors];
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm256_load_ps(totals + r * block_columns + t * lanes);
-  }
+  begin_tile(block, totals, total);
   const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
   const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
-  const int64_t first_group = block.first_quad / panel.group_quads;
-  const int32_t* sums = tokens.sums + row * panel.groups + first_group;
+  const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
     const int64_t at = group * block_columns;
     __m256i dot[Rows][tile_vectors];
@@ -325,7 +351,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
         dot[r][t] = _mm256_mullo_epi32(sum, load_ints(block.zeros + at + t * lanes));
       }
     }
-    for (int64_t left = panel.quads_in(first_group + group); left > 0; left -= Products::quads) {
+    for (int64_t left = panel.quads_in(block.first_group + group); left > 0; left -= Products::quads) {
       const int count = left < Products::quads ? static_cast<int>(left) : Products::quads;
       __m256i sum[Rows][tile_vectors];
       for (int r = 0; r < Rows; ++r) {
@@ -359,9 +385,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       }
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_vectors; ++t) _mm256_store_ps(totals + r * block_columns + t * lanes, total[r][t]);
-  }
+  end_tile(block, row, tokens.scales + row, total, totals);
 }
 
 template <class Products>
@@ -435,12 +459,12 @@ void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& to
       for (int t = 0; t < tile_vectors; ++t) sum[r][t] = multiply_add(a, _mm256_load_ps(w + t * lanes), sum[r][t]);
     }
   }
+  __m256 total[Rows][tile_vectors];
+  begin_tile(block, totals, total);
   for (int r = 0; r < Rows; ++r) {
-    for (int t = 0; t < tile_vectors; ++t) {
-      float* at = totals + r * block_columns + t * lanes;
-      _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), sum[r][t]));
-    }
+    for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm256_add_ps(total[r][t], sum[r][t]);
   }
+  end_tile(block, row, scales_of(tokens, row), total, totals);
 }
 
 constexpr MultiplyTile<FloatTokens> multiply_float_tile_of[tile_rows + 1] = {

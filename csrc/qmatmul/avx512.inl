@@ -202,20 +202,42 @@ constexpr int64_t block_columns = tile_vectors * tile_width;
 
 #include "qmatmul/blocked.inl"
 
-// The float sums of a tile, [Rows, block_columns] in memory.
+// The float sums of a tile: from memory, [Rows, block_columns], unless they begin with this block.
 template <int Rows>
-INLINE void load_totals(const float* from, __m512 (&total)[Rows][tile_vectors]) {
+INLINE void begin_tile(const Block& block, const float* totals, __m512 (&total)[Rows][tile_vectors]) {
+  if (block.first) {
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm512_setzero_ps();
+    }
+    return;
+  }
   UNROLL for (int r = 0; r < Rows; ++r) {
     UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      total[r][t] = _mm512_load_ps(from + r * block_columns + t * tile_width);
+      total[r][t] = _mm512_load_ps(totals + r * block_columns + t * tile_width);
     }
   }
 }
+
+// Back to memory, or to where they are wanted, for the tokens from `row` on.
 template <int Rows>
-INLINE void store_totals(const __m512 (&total)[Rows][tile_vectors], float* to) {
-  UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      _mm512_store_ps(to + r * block_columns + t * tile_width, total[r][t]);
+INLINE void end_tile(const Block& block, int64_t row, const float* scales, const __m512 (&total)[Rows][tile_vectors],
+                     float* totals) {
+  if (block.plain == nullptr) {
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int t = 0; t < tile_vectors; ++t) {
+        _mm512_store_ps(totals + r * block_columns + t * tile_width, total[r][t]);
+      }
+    }
+    return;
+  }
+  const Output& output = *block.plain;
+  UNROLL for (int t = 0; t < tile_vectors; ++t) {
+    const int64_t column = block.column + t * tile_width;
+    const __mmask16 lanes = first_lanes(output.columns - column);
+    const __m512 bias = _mm512_load_ps(output.bias + column);
+    float* to = static_cast<float*>(output.data) + row * output.row_stride + column;
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      store16(to + r * output.row_stride, lanes, multiply_add(total[r][t], broadcast(scales[r]), bias));
     }
   }
 }

@@ -5,17 +5,21 @@
 // into memory that then stays in the first-level cache, and multiplied with all tokens, a tile of tokens at a time.
 // From block to block the float sums wait in memory.
 
-constexpr int64_t block_bytes = block_columns * 512;
+constexpr int64_t block_bytes = block_columns * 1024;
 
 struct Block {
   void* weights;  // as the level wants them
   // Where the arithmetic and the level need them.
-  float* scales;   // [groups, block_columns]
-  int32_t* zeros;  // [groups, block_columns]
-  float* shifts;   // [groups, block_columns]
-  int64_t column;  // the first of its output features within the panel
+  float* scales;         // [groups, block_columns]
+  int32_t* zeros;        // [groups, block_columns]
+  int32_t* upper_zeros;  // [groups, block_columns], their upper four bits
+  float* shifts;         // [groups, block_columns]
+  int64_t column;        // the first of its output features within the panel
   int64_t first_quad;
+  int64_t first_group;
   int64_t quads;
+  bool first;           // of its band: sums begin with it, at zero
+  const Output* plain;  // where sums that are whole with this block go at once, needing but scale and bias; or null
 };
 
 struct Cut {
@@ -44,7 +48,7 @@ inline int64_t rows_waiting(const Panel& panel, int64_t rows, const Cut& cut) {
 }
 
 inline int64_t scratch_bytes(const Panel& panel, int64_t rows, const Cut& cut) {
-  const int64_t per_group = 2 * sizeof(float) + sizeof(int32_t);
+  const int64_t per_group = 2 * sizeof(float) + 2 * sizeof(int32_t);
   const int64_t per_column = cut.quads * quad * cut.bytes_per_weight + cut.groups * per_group +
                              rows_waiting(panel, rows, cut) * static_cast<int64_t>(sizeof(float));
   return per_column * block_columns;
@@ -85,7 +89,8 @@ const float* scales_of(const Rows&, int64_t) {
 }
 
 using UnpackBlock = void (*)(const Panel&, const Block&);
-// Adds a block's products to the sums [rows, block_columns] of the tokens from `row` on.
+// Adds a block's products to the sums [rows, block_columns] of the tokens from `row` on, or has them where
+// `block.plain` says.
 template <class Rows>
 using MultiplyTile = void (*)(const Panel&, const Block&, const Rows&, int64_t row, float* totals);
 
@@ -97,9 +102,11 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
   block.weights = scratch;
   block.scales = static_cast<float*>(scratch) + cut.quads * block_columns * cut.bytes_per_weight;
   block.zeros = reinterpret_cast<int32_t*>(block.scales + cut.groups * block_columns);
-  block.shifts = reinterpret_cast<float*>(block.zeros + cut.groups * block_columns);
+  block.upper_zeros = block.zeros + cut.groups * block_columns;
+  block.shifts = reinterpret_cast<float*>(block.upper_zeros + cut.groups * block_columns);
   float* totals = block.shifts + cut.groups * block_columns;
   const bool waiting = cut.quads < panel.quads;
+  const bool plain = output.dtype == DType::f32 && output.epilogue == Epilogue::none && output.residual == nullptr;
   // Tiles of equal height, as nearly as may be: a low one would wait for its few sums.
   const int64_t tiles = (tokens.rows + tile_rows - 1) / tile_rows;
   const int64_t height = tokens.rows / tiles, higher = tokens.rows % tiles;
@@ -108,17 +115,20 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
   Ahead ahead(panel.next_codes, panel.quads * 32 * panel.bits, bands * blocks * tiles);
   for (block.column = 0; block.column < output.columns; block.column += block_columns) {
     for (int64_t i = 0; i < blocks; ++i) {
+      const bool last = i + 1 == blocks;
       block.first_quad = i * cut.quads;
-      block.quads = i + 1 < blocks ? cut.quads : panel.quads - block.first_quad;
+      block.first_group = i * cut.groups;
+      block.quads = last ? panel.quads - block.first_quad : cut.quads;
+      block.first = i == 0;
+      block.plain = last && plain ? &output : nullptr;
       unpack_block(panel, block);
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t rows = height + (tile < higher ? 1 : 0);
         float* sums = totals + (waiting ? row * block_columns : 0);
-        if (i == 0) __builtin_memset(sums, 0, static_cast<size_t>(rows * block_columns) * sizeof *sums);
         ahead.fetch();
-        if (i + 1 == blocks) prefetch_outputs(output, block.column, row, rows);
+        if (last) prefetch_outputs(output, block.column, row, rows);
         multiply_tile_of[rows](panel, block, tokens, row, sums);
-        if (i + 1 == blocks) finish({sums, rows, block_columns, row, block.column}, scales_of(tokens, row), output);
+        if (last && !plain) finish({sums, rows, block_columns, row, block.column}, scales_of(tokens, row), output);
         row += rows;
       }
     }

@@ -65,7 +65,11 @@ struct Tokens {
   const float* scales;  // [rows]; NaN where the activations were not finite
   const int32_t* sums;  // [rows, groups], of the codes of a group
   int64_t rows;
+  const int32_t*
+      multiples;  // [rows, groups, sum_multiples]: 0, -1, -2, .. times the sums; null where nobody wants them
 };
+
+constexpr int64_t sum_multiples = 16;
 
 // Activations in float32, [rows, stride], zero from in_features on to the end of the last quad.
 struct FloatTokens {
@@ -110,6 +114,10 @@ struct Kernels {
   void (*widen)(const void* x, DType dtype, int64_t in_features, float* values, int64_t stride);
   void (*multiply_float)(const Panel& panel, const FloatTokens& tokens, const Output& output, void* scratch);
   int64_t (*float_scratch_bytes)(const Panel& panel, int64_t rows);
+
+  // Whether `multiply` needs the multiples of the sums, and what computes them: null at levels that never do.
+  bool (*wants_multiples)(int bits, Zeros kind, int64_t rows) = nullptr;
+  void (*multiply_sums)(const int32_t* sums, int64_t groups, int32_t* multiples) = nullptr;
 };
 
 // What CPUs with bfloat16 dot products do instead of the float kernels, for activations in bfloat16: the codes less

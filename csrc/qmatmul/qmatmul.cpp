@@ -114,6 +114,7 @@ class Call {
     for (int64_t i = 0; i < count; ++i) {
       panels_ += panels_of(layer(i));
       sums_per_row_ += sums_of(layer(i));
+      multiples_per_row_ += multiples_of(layer(i));
       (is_int8(layer(i)) ? any_int8_ : any_floats_) = true;
     }
   }
@@ -124,7 +125,8 @@ class Call {
     }
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
-    const int64_t most = std::max(rows_per_task, tokens_budget / (any_floats_ ? 4 * stride : stride));
+    const int64_t row_bytes = (any_floats_ ? 4 * stride : stride) + 4 * multiples_per_row_;
+    const int64_t most = std::max(rows_per_task, tokens_budget / row_bytes);
     const int64_t block = divide_up(x_.rows, divide_up(x_.rows, most));
     for (int64_t first = 0; first < x_.rows; first += block) {
       const Rows rows{first, std::min(block, x_.rows - first)};
@@ -143,6 +145,7 @@ class Call {
     int64_t stride;
     float* values;
     int8_t* codes;
+    int32_t* multiples;  // of one projection after the other, [rows, groups, sum_multiples] or nothing
     float* scales;
     int32_t* sums;  // of one projection after the other, [rows, groups] each; float for bfloat16 tokens
 
@@ -151,10 +154,12 @@ class Call {
     Activated(const Call& call, int64_t rows, int64_t stride) : stride(stride) {
       const int64_t floats = call.any_floats_ ? rows * stride : 0;
       const int64_t bytes = call.any_int8_ ? rows * stride : 0;
+      const int64_t words = rows * (call.multiples_per_row_ + 1 + call.sums_per_row_);
       thread_local Buffer buffer;
-      values = reinterpret_cast<float*>(buffer.at_least(4 * floats + bytes + 4 * rows * (1 + call.sums_per_row_)));
+      values = reinterpret_cast<float*>(buffer.at_least(4 * floats + bytes + 4 * words));
       codes = reinterpret_cast<int8_t*>(values + floats);
-      scales = reinterpret_cast<float*>(codes + bytes);
+      multiples = reinterpret_cast<int32_t*>(codes + bytes);
+      scales = reinterpret_cast<float*>(multiples + rows * call.multiples_per_row_);
       sums = reinterpret_cast<int32_t*>(scales + rows);
     }
   };
@@ -162,6 +167,13 @@ class Call {
   // How many group sums of a token a layer needs.
   int64_t sums_of(const Layer& layer) const {
     return is_int8(layer) || bfloat16_kernels_ != nullptr ? groups_of(layer) : 0;
+  }
+
+  // How many multiples of a token's group sums a layer needs.
+  int64_t multiples_of(const Layer& layer) const {
+    const bool wanted = is_int8(layer) && kernels_.wants_multiples != nullptr &&
+                        kernels_.wants_multiples(layer.bits, layer.steps.kind, x_.rows);
+    return wanted ? groups_of(layer) * sum_multiples : 0;
   }
 
   const Layer& layer(int64_t i) const { return *projections_[i].layer; }
@@ -195,11 +207,15 @@ class Call {
   // The group sums of a token, for every projection.
   void sum_groups(const char* x, int64_t rows, int64_t row, const Activated& to) const {
     int32_t* sums = to.sums;
+    int32_t* multiples = to.multiples;
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t groups = sums_of(layer(i));
       int32_t* own = sums + row * groups;
       if (is_int8(layer(i))) {
         kernels_.sum_groups(to.codes + row * to.stride, in_features(), layer(i).group_size, own);
+        const int64_t count = multiples_of(layer(i));
+        if (count != 0) kernels_.multiply_sums(own, groups, multiples + row * count);
+        multiples += rows * count;
       } else if (bfloat16_kernels_ != nullptr) {
         bfloat16_kernels_->copy(reinterpret_cast<const uint16_t*>(x), in_features(), layer(i).group_size,
                                 to.halves() + row * to.stride, to.stride, reinterpret_cast<float*>(own));
@@ -226,11 +242,12 @@ class Call {
     multiply_panel(place, next_codes, part, first, from, rows.count);
   }
 
-  // A panel, and where the sums of its projection begin.
+  // A panel, and where the sums and the multiples of its projection begin.
   struct Place {
     const Projection* projection;
     int64_t panel;
     int64_t sums_before;
+    int64_t multiples_before;
 
     const uint8_t* codes() const {
       const Layer& layer = *projection->layer;
@@ -240,10 +257,11 @@ class Call {
 
   // Panels are counted through all projections.
   Place find_panel(int64_t panel) const {
-    Place place{projections_, panel, 0};
+    Place place{projections_, panel, 0, 0};
     for (; place.panel >= panels_of(*place.projection->layer); ++place.projection) {
       place.panel -= panels_of(*place.projection->layer);
       place.sums_before += sums_of(*place.projection->layer);
+      place.multiples_before += multiples_of(*place.projection->layer);
     }
     return place;
   }
@@ -285,7 +303,10 @@ class Call {
         residual == nullptr ? nullptr : residual + offset, layer.epilogue, gate_table(layer.epilogue)};
     const int32_t* sums = from.sums + place.sums_before * block_rows + first * sums_of(layer);
     if (is_int8(layer)) {
-      const Tokens tokens{from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count};
+      const int64_t count = multiples_of(layer);
+      const int32_t* multiples = from.multiples + place.multiples_before * block_rows + first * count;
+      const Tokens tokens{from.codes + first * from.stride, from.stride, from.scales + first, sums, part.count,
+                          count == 0 ? nullptr : multiples};
       kernels_.multiply(panel, tokens, output, scratch.at_least(kernels_.scratch_bytes(panel, part.count)));
     } else if (bfloat16_kernels_ != nullptr) {
       const BFloat16Tokens tokens{from.halves() + first * from.stride, from.stride,
@@ -306,6 +327,7 @@ class Call {
   const int threads_;
   int64_t panels_ = 0;
   int64_t sums_per_row_ = 0;
+  int64_t multiples_per_row_ = 0;
   bool any_int8_ = false;
   bool any_floats_ = false;
 };

@@ -48,9 +48,8 @@ void unpack_block(const Panel& panel, const Block& block) {
   const Unpacker<Bits> unpack(block.column);
   __m512i* to = static_cast<__m512i*>(block.weights);
   const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
-  const int64_t first_group = block.first_quad / panel.group_quads;
   for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
-    const int64_t group = first_group + i;
+    const int64_t group = block.first_group + i;
     __m512 origins[tile_vectors];
     for (int t = 0; t < tile_vectors; ++t) {
       const int64_t column = block.column + t * tile_width, at = i * block_columns + t * tile_width;
@@ -77,18 +76,17 @@ INLINE __m512 add_products(__m512 sum, __m512i weights, __m512i a) {
 template <int Rows>
 void multiply_tile(const Panel& panel, const Block& block, const BFloat16Tokens& tokens, int64_t row, float* totals) {
   __m512 total[Rows][tile_vectors];
-  load_totals(totals, total);
+  begin_tile(block, totals, total);
   const __m512i* weights = static_cast<const __m512i*>(block.weights);
   const uint16_t* x = tokens.values + row * tokens.stride + block.first_quad * quad;
-  const int64_t first_group = block.first_quad / panel.group_quads;
-  const float* sums = tokens.sums + row * panel.groups + first_group;
+  const float* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
     const int64_t at = group * block_columns;
     __m512 dot[Rows][tile_vectors];
     UNROLL for (int r = 0; r < Rows; ++r) {
       UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = _mm512_setzero_ps();
     }
-    for (int64_t n = 2 * panel.quads_in(first_group + group); n > 0; --n, weights += tile_vectors, x += 2) {
+    for (int64_t n = 2 * panel.quads_in(block.first_group + group); n > 0; --n, weights += tile_vectors, x += 2) {
       __m512i w[tile_vectors];
       UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(weights + t);
       UNROLL for (int r = 0; r < Rows; ++r) {
@@ -108,7 +106,7 @@ void multiply_tile(const Panel& panel, const Block& block, const BFloat16Tokens&
       }
     }
   }
-  store_totals(total, totals);
+  end_tile(block, row, scales_of(tokens, row), total, totals);
 }
 
 constexpr MultiplyTile<BFloat16Tokens> multiply_tile_of[tile_rows + 1] = {

@@ -4,7 +4,8 @@
 // 6 tokens x 32 output features whose integer and float accumulators both stay in registers. The unpacked byte is
 // code - zero + 128, so that the zero points cost nothing: 128 times the activations' sum is the same for every output
 // feature and is where the accumulators start. 8-bit codes with zero points of their own do not fit in a byte that way;
-// they stay as they are, and zero times the sum is where their accumulators start.
+// they stay as they are. Every instruction that would multiply zero and sum has the ports of the products, so the 16
+// multiples of each sum that four bits can name are there beforehand, and permutations look the zeros up in them.
 // Few tokens: codes are unpacked in registers, as they stream by; for one token, those of 2 and 4 bits less than that.
 // Both ways compute the same integers and then the same float operations: a token's result is the same in any batch.
 #include <immintrin.h>
@@ -94,6 +95,13 @@ void sum_groups(const int8_t* codes, int64_t in_features, int64_t group_size, in
       sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(rest, codes + k));
     }
     *sums++ = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+void multiply_sums(const int32_t* sums, int64_t groups, int32_t* multiples) {
+  const __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < groups; ++i) {
+    _mm512_store_si512(multiples + i * sum_multiples, _mm512_mullo_epi32(counting, _mm512_set1_epi32(-sums[i])));
   }
 }
 
@@ -305,13 +313,15 @@ void multiply_one(const Panel& panel, const Tokens& tokens, const Output& output
 // Where the zero points went that are not in the unpacked bytes.
 enum class Rest {
   nothing,
-  zeros,   // 8-bit codes with zero points of their own: into the start of the sums
+  zeros,   // 8-bit codes with zero points of their own: off the sums
   shifts,  // into the end of a group
 };
 
+bool has_zeros_apart(int bits, Zeros kind) { return bits == 8 && kind == Zeros::codes; }
+
 INLINE Rest rest_of(const Panel& panel) {
   if (panel.is_shifted()) return Rest::shifts;
-  return panel.bits == 8 && panel.steps.kind == Zeros::codes ? Rest::zeros : Rest::nothing;
+  return has_zeros_apart(panel.bits, panel.steps.kind) ? Rest::zeros : Rest::nothing;
 }
 
 template <int Bits>
@@ -320,15 +330,17 @@ void unpack_block(const Panel& panel, const Block& block) {
   const Rest rest = rest_of(panel);
   uint8_t* bytes = static_cast<uint8_t*>(block.weights);
   const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
-  const int64_t first_group = block.first_quad / panel.group_quads;
   for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
-    const int64_t group = first_group + i;
+    const int64_t group = block.first_group + i;
     __m512i offsets[tile_vectors];
     for (int t = 0; t < tile_vectors; ++t) {
       const int64_t column = block.column + t * tile_width, at = i * block_columns + t * tile_width;
       const __m512i zeros = load_zeros(panel, group, column);
       _mm512_store_ps(block.scales + at, load_scales(panel, group, column));
-      if (rest == Rest::zeros) _mm512_store_si512(block.zeros + at, zeros);
+      if (rest == Rest::zeros) {
+        _mm512_store_si512(block.zeros + at, zeros);
+        _mm512_store_si512(block.upper_zeros + at, _mm512_srli_epi32(zeros, 4));
+      }
       if (rest == Rest::shifts) _mm512_store_ps(block.shifts + at, load_shifts(panel, group, column));
       // 128 - zero in every byte of a column's lane.
       offsets[t] = rest == Rest::zeros ? _mm512_setzero_si512()
@@ -348,34 +360,51 @@ void unpack_block(const Panel& panel, const Block& block) {
 template <int Rows, Rest rest>
 void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
   __m512 total[Rows][tile_vectors];
-  load_totals(totals, total);
+  begin_tile(block, totals, total);
   const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
   const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
-  const int64_t first_group = block.first_quad / panel.group_quads;
-  const int32_t* sums = tokens.sums + row * panel.groups + first_group;
+  const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
     const int64_t at = group * block_columns;
     __m512i dot[Rows][tile_vectors];
-    UNROLL for (int r = 0; r < Rows; ++r) {
-      const int32_t sum = sums[r * panel.groups + group];
-      UNROLL for (int t = 0; t < tile_vectors; ++t) {
-        if constexpr (rest == Rest::zeros) {
+    const auto multiply_quads = [&](int64_t n) INLINE_LAMBDA {
+      for (; n > 0; --n) {
+        __m512i w[tile_vectors];
+        UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          const __m512i a = load_quad(quads + r * tokens.stride);
+          UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
+        }
+        bytes += quad * block_columns;
+        quads += quad;
+      }
+    };
+    const int64_t count = panel.quads_in(block.first_group + group);
+    if constexpr (rest == Rest::zeros) {
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = _mm512_setzero_si512();
+      }
+      // Token by token between the products, whose ports this leaves alone: all at once would keep them waiting.
+      const int64_t share = count / Rows;
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        multiply_quads(share);
+        const int64_t index = (row + r) * panel.groups + block.first_group + group;
+        const __m512i multiples = _mm512_load_si512(tokens.multiples + index * sum_multiples);
+        UNROLL for (int t = 0; t < tile_vectors; ++t) {
           const __m512i zeros = _mm512_load_si512(block.zeros + at + t * tile_width);
-          dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-sum));
-        } else {
-          dot[r][t] = _mm512_set1_epi32(-128 * sum);
+          const __m512i upper_zeros = _mm512_load_si512(block.upper_zeros + at + t * tile_width);
+          const __m512i low = _mm512_permutexvar_epi32(zeros, multiples);  // looks at the lower four bits
+          const __m512i high = _mm512_slli_epi32(_mm512_permutexvar_epi32(upper_zeros, multiples), 4);
+          dot[r][t] = _mm512_add_epi32(dot[r][t], _mm512_add_epi32(low, high));
         }
       }
-    }
-    for (int64_t n = panel.quads_in(first_group + group); n > 0; --n) {
-      __m512i w[tile_vectors];
-      UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
+      multiply_quads(count - share * Rows);
+    } else {
       UNROLL for (int r = 0; r < Rows; ++r) {
-        const __m512i a = load_quad(quads + r * tokens.stride);
-        UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
+        const int32_t sum = sums[r * panel.groups + group];
+        UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = _mm512_set1_epi32(-128 * sum);
       }
-      bytes += quad * block_columns;
-      quads += quad;
+      multiply_quads(count);
     }
     UNROLL for (int t = 0; t < tile_vectors; ++t) {
       const __m512 scales = _mm512_load_ps(block.scales + at + t * tile_width);
@@ -389,7 +418,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       }
     }
   }
-  store_totals(total, totals);
+  end_tile(block, row, tokens.scales + row, total, totals);
 }
 
 template <Rest rest>
@@ -481,12 +510,12 @@ void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& to
       }
     }
   }
+  __m512 total[Rows][tile_vectors];
+  begin_tile(block, totals, total);
   UNROLL for (int r = 0; r < Rows; ++r) {
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      float* at = totals + r * block_columns + t * tile_width;
-      _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), sum[r][t]));
-    }
+    UNROLL for (int t = 0; t < tile_vectors; ++t) total[r][t] = _mm512_add_ps(total[r][t], sum[r][t]);
   }
+  end_tile(block, row, scales_of(tokens, row), total, totals);
 }
 
 constexpr MultiplyTile<FloatTokens> multiply_float_tile_of[tile_rows + 1] = {nullptr,
@@ -504,6 +533,10 @@ void multiply(const Panel& panel, const Tokens& tokens, const Output& output, vo
                                              multiply_bits<3>, multiply_bits<4>, multiply_bits<5>,
                                              multiply_bits<6>, multiply_bits<7>, multiply_bits<8>};
   of_bits[panel.bits](panel, tokens, output, scratch);
+}
+
+bool wants_multiples(int bits, Zeros kind, int64_t rows) {
+  return rows > most_streamed_rows && has_zeros_apart(bits, kind);
 }
 
 int64_t scratch_bytes(const Panel& panel, int64_t rows) {
@@ -528,8 +561,14 @@ int64_t float_scratch_bytes(const Panel& panel, int64_t rows) {
 }  // namespace avx512vnni
 
 extern const Kernels avx512vnni_kernels;
-const Kernels avx512vnni_kernels = {avx512vnni::quantize,           avx512vnni::sum_groups, avx512vnni::multiply,
-                                    avx512vnni::scratch_bytes,      avx512vnni::widen,      avx512vnni::multiply_float,
-                                    avx512vnni::float_scratch_bytes};
+const Kernels avx512vnni_kernels = {avx512vnni::quantize,
+                                    avx512vnni::sum_groups,
+                                    avx512vnni::multiply,
+                                    avx512vnni::scratch_bytes,
+                                    avx512vnni::widen,
+                                    avx512vnni::multiply_float,
+                                    avx512vnni::float_scratch_bytes,
+                                    avx512vnni::wants_multiples,
+                                    avx512vnni::multiply_sums};
 
 }  // namespace fastembed::qmatmul

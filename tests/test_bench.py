@@ -11,54 +11,63 @@ import torch
 from torch.nn import functional as F
 
 from bench import Case, Context, Faster, OfLimit, Workload
+from bench.__main__ import main
 from bench.harness import runner
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "bench").glob("[!_]*.py"))
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def _bench(*arguments: str) -> None:
+    result = subprocess.run(
         [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
+    assert result.returncode == 0, result.stderr
 
 
+# One family in a process for each number of threads, the others in one: a process takes seconds to start.
 @pytest.mark.parametrize("family", [*FAMILIES, "limits"])
 def test_quick_run_writes_all_outputs(family: str, tmp_path: Path) -> None:
-    result = _bench(family, "--quick", "--threads", "1", "2", "--output", str(tmp_path))
-    assert result.returncode == 0, result.stderr
+    threads = ["1", "2"] if family in ("fde", "limits") else ["2"]
+    _bench(family, "--quick", "--threads", *threads, "--output", str(tmp_path))
     with (tmp_path / f"{family}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["threads"] for row in rows} == {"1", "2"}
+    assert {row["threads"] for row in rows} == set(threads)
     assert {"int8", "float32", "popcount", "read"} <= {row["provider"] for row in rows if row["case"] == "limit"}
     assert all(float(row["rate"]) > 0 and row["cpu"] and row["versions"] for row in rows)
     assert (tmp_path / f"{family}.md").read_text().startswith(f"# {family}")
     assert (tmp_path / f"{family}.png").exists() == (family != "limits")
 
 
-def test_quick_run_leaves_the_recorded_results_alone() -> None:
-    result = _bench("limits", "--quick", "--threads", "1")
-    assert result.returncode == 0, result.stderr
-    assert "written" not in result.stdout
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The same in this process."""
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    main()
+
+
+def test_quick_run_leaves_the_recorded_results_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _main(monkeypatch, "limits", "--quick", "--threads", "1")
+    assert "written" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["none"], "invalid choice"), (["limits", "--threads", "0"], "--threads must be at least 1, got 0")],
+    [
+        (["none"], "invalid choice"),
+        (["limits", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["fde", "--case", "none of this name"], "no case of fde matches 'none of this name'"),
+        (["limits", "--device", "cuda"], "--device cuda needs a GPU that PyTorch can use"),
+    ],
 )
-def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
-    result = _bench(*arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
-
-
-def test_cuda_without_a_gpu_is_a_clear_error() -> None:
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    result = _bench("limits", "--device", "cuda")
-    assert result.returncode != 0
-    assert "--device cuda needs a GPU that PyTorch can use" in result.stderr
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        _main(monkeypatch, *arguments)
+    assert message in f"{error.value}{capsys.readouterr().err}"
 
 
 def _case(wrong: float = 0.0) -> Case:

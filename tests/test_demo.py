@@ -43,6 +43,12 @@ def _private():
 '''
 
 
+@pytest.fixture(scope="module")
+def corpus() -> list[Pair]:
+    """Of the standard library, which takes seconds to read."""
+    return build_corpus()
+
+
 def test_corpus_pairs_first_paragraphs_with_sources(tmp_path: Path) -> None:
     (tmp_path / "box.py").write_text(SOURCE)
     (tmp_path / "copy_of_box.py").write_text(SOURCE)
@@ -54,11 +60,17 @@ def test_corpus_pairs_first_paragraphs_with_sources(tmp_path: Path) -> None:
     assert build_corpus(root=tmp_path) == [Pair("Put an item into the box, whatever it is.", document)]
 
 
-def test_corpus_of_the_standard_library_is_large_unique_and_repeatable() -> None:
-    corpus = build_corpus()
+def test_corpus_of_the_standard_library_is_large_and_unique(corpus: list[Pair]) -> None:
     assert len(corpus) > 2000
     assert len({pair.query for pair in corpus}) == len({pair.document for pair in corpus}) == len(corpus)
-    assert build_corpus(limit=10) == corpus[:10]
+
+
+def test_corpus_is_repeatable_and_a_limited_one_begins_the_same(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"box{number}.py").write_text(SOURCE.replace("item", f"item{number}"))
+    corpus = build_corpus(root=tmp_path)
+    assert len(corpus) == 20
+    assert build_corpus(limit=10, root=tmp_path) == corpus[:10]
 
 
 def test_quality_counts_ranks_by_hand() -> None:
@@ -98,7 +110,10 @@ def test_last_exit_is_the_models_own_embedding() -> None:
     np.testing.assert_allclose(np.linalg.norm(exits[2, 128].documents, axis=1), 1, atol=1e-6)
 
 
-def test_demo_from_text_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_from_text_to_table(
+    corpus: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastembed.demo.run.build_corpus", lambda limit: corpus[:limit])
     main(["demo", "--limit", "24", "--threads", "2", "--output", str(tmp_path)])
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -17,26 +17,30 @@ YMM_OR_ZMM = re.compile(r"%[yz]mm\d")
 ZMM_OR_MASK = re.compile(r"%zmm\d|%k[0-7]\b")
 
 
-def _run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
-    )
+def _isa_of_a_process(wanted: str) -> subprocess.CompletedProcess[str]:
+    without_torch = "import sys; sys.modules['torch'] = None"  # starts sooner
+    code = f"{without_torch}; from fastembed._native import core; print(core.isa())"
+    env = {**os.environ, "FASTEMBED_ISA": wanted}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
-def _listing() -> str:
-    return subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", core.__file__], capture_output=True, text=True, check=True
-    ).stdout
+@pytest.fixture(scope="module")
+def listing() -> list[str]:
+    """The core's machine code, a line for each instruction and one with its name before each function."""
+    if shutil.which("objdump") is None:
+        pytest.skip("binutils is not installed")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", core.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("level", core.isa_levels())
 def test_environment_variable_forces_the_level(level: str) -> None:
-    result = _run("from fastembed._native import core; print(core.isa())", FASTEMBED_ISA=level)
+    result = _isa_of_a_process(level)
     assert result.stdout.strip() == level, result.stderr
 
 
 def test_unknown_level_is_refused() -> None:
-    result = _run("from fastembed._native import core; core.isa()", FASTEMBED_ISA="sse9")
+    result = _isa_of_a_process("sse9")
     assert "FASTEMBED_ISA must be generic, avx2, avxvnni, avx512 or avx512vnni, got sse9" in result.stderr
 
 
@@ -54,12 +58,11 @@ def test_the_best_level_is_a_supported_one() -> None:
     assert core.best_isa() in core.isa_levels()
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
-def test_wide_registers_stand_only_in_their_levels_code() -> None:
+def test_wide_registers_stand_only_in_their_levels_code(listing: list[str]) -> None:
     """One binary must run on every x86-64 machine: see the rules in csrc/common/isa.hpp."""
     offenders: dict[str, str] = {}
     function, forbidden = "", YMM_OR_ZMM
-    for line in _listing().splitlines():
+    for line in listing:
         if line.endswith(">:"):
             function = line.partition("<")[2][:-2]
             level = next((level for level in ("avx512bf16", *reversed(LEVELS)) if f"::{level}::" in function), None)
@@ -71,13 +74,12 @@ def test_wide_registers_stand_only_in_their_levels_code() -> None:
     assert not offenders, f"{len(offenders)} functions use wider registers than their level has: {offenders}"
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")
-def test_byte_products_stand_in_the_encoding_of_their_level() -> None:
+def test_byte_products_stand_in_the_encoding_of_their_level(listing: list[str]) -> None:
     """AVX-VNNI and AVX-512 VNNI have one instruction in two encodings, and few CPUs have both."""
     encodings: dict[str, set[str]] = {}
     function = ""
-    for line in _listing().splitlines():
+    for line in listing:
         if line.endswith(">:"):
             function = line.partition("<")[2][:-2]
         elif "vpdpbusd" in line:

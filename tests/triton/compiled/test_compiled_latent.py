@@ -8,19 +8,17 @@ from bench.static.triton import rows
 INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(arch, marks=[] if arch == 90 else pytest.mark.slow) for arch in INSTRUCTIONS]
-)
-def table(request: pytest.FixtureRequest) -> list[KernelResources]:
-    return rows("latent", archs=[request.param])
+@pytest.fixture(scope="module")
+def table(arch: int) -> list[KernelResources]:
+    return rows("latent", archs=[arch])
 
 
 def test_nothing_spills(table: list[KernelResources]) -> None:
     assert [row for row in table if row.spill_bytes or row.stack_bytes] == []
 
 
-def test_products_run_on_tensor_cores(table: list[KernelResources]) -> None:
-    instruction = INSTRUCTIONS[int(table[0].arch.removeprefix("sm_"))]
+def test_products_run_on_tensor_cores(table: list[KernelResources], arch: int) -> None:
+    instruction = INSTRUCTIONS[arch]
     wide = [row for row in table if "heads of 4096, bfloat16" in row.kernel]
     assert len(wide) == 3
     assert all(f" {instruction}" in row.notes for row in wide)

@@ -5,25 +5,22 @@ import pytest
 from bench.static import KernelResources
 from bench.static.triton import rows
 
+FEW = "IMMA"
+MANY = {80: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}
+
 
 @pytest.fixture(scope="module")
-def table() -> list[KernelResources]:
-    return rows("qmatmul")
+def table(arch: int) -> list[KernelResources]:
+    return rows("qmatmul", archs=[arch])
 
 
 def test_nothing_spills(table: list[KernelResources]) -> None:
     assert [row for row in table if row.spill_bytes or row.stack_bytes] == []
 
 
-@pytest.mark.parametrize(
-    ("arch", "few", "many"),
-    [("sm_80", "IMMA", "IMMA"), ("sm_90", "IMMA", "IGMMA"), ("sm_100", "IMMA", "UTCIMMA")],
-)
-def test_products_run_on_int8_tensor_cores(table: list[KernelResources], arch: str, few: str, many: str) -> None:
-    for rows_of_x, instruction in (("1 rows", few), ("512 rows", many)):
-        notes = [
-            row.notes for row in table if row.arch == arch and "multiply" in row.kernel and rows_of_x in row.kernel
-        ]
+def test_products_run_on_int8_tensor_cores(table: list[KernelResources], arch: int) -> None:
+    for rows_of_x, instruction in (("1 rows", FEW), ("512 rows", MANY[arch])):
+        notes = [row.notes for row in table if "multiply" in row.kernel and rows_of_x in row.kernel]
         assert len(notes) == 2
         assert all(f" {instruction}" in note for note in notes)
 

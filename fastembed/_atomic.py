@@ -1,6 +1,7 @@
 """Files that are replaced whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -18,6 +19,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     killed process left behind is deleted by the next one to write the same path.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     _delete_abandoned(target)
     file = _temporary(target)
     try:

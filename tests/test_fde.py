@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import fastembed
 from fastembed import FDEMatrices, fde_documents, fde_queries
@@ -144,6 +145,11 @@ def test_matrices_are_seeded_saved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes((tmp_path / "m.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="is no safetensors file"):
         FDEMatrices.load(tmp_path / "short")
+    save_file({"hyperplanes": np.zeros((8, 2, 3))}, tmp_path / "other", {"final_dim": "128"})
+    with pytest.raises(ValueError, match="holds no FDE matrices: hyperplanes must be a float32 array of 3 axes, got"):
+        FDEMatrices.load(tmp_path / "other")
+    with pytest.raises(IsADirectoryError):
+        matrices.save(tmp_path)
 
 
 def test_op_is_registered_properly() -> None:

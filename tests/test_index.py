@@ -371,6 +371,8 @@ BAD_ROWS: list[tuple[Any, Any, type[Exception], str]] = [
     (VECTORS, np.arange(40.0), TypeError, "ids must be integers, got float64"),
     (VECTORS, np.zeros(40, bool), TypeError, "ids must be integers, got bool"),
     (VECTORS, ["a"] * 40, TypeError, "ids must be integers"),
+    (VECTORS, set(range(40)), TypeError, "ids must be an array, a tensor or a sequence of integers, got set"),
+    (VECTORS, 7, TypeError, "ids must be an array, a tensor or a sequence of integers, got int"),
     (VECTORS, np.arange(40)[None], ValueError, r"ids must have shape \[rows\], got \[1, 40\]"),
     (VECTORS, range(7, 47), ValueError, r"ids must not be in the index \(update replaces rows\), got 7"),
 ]
@@ -448,7 +450,7 @@ def test_bad_searches(case: int) -> None:
 
 def test_an_empty_index_says_so() -> None:
     index = BinaryIndex(DIM)
-    with pytest.raises(ValueError, match="the index is empty"):
+    with pytest.raises(ValueError, match="k must be at most the number of rows, but there are none"):
         index.search(QUERIES, 1)
     index.add(VECTORS[:0])
     index.remove([])
@@ -457,7 +459,7 @@ def test_an_empty_index_says_so() -> None:
     index.add(VECTORS)
     assert index.search(QUERIES[:0], 3)[1].shape == (0, 3)
     index.remove(range(40))
-    with pytest.raises(ValueError, match="the index is empty"):
+    with pytest.raises(ValueError, match="k must be at most the number of rows, but there are none"):
         index.search(QUERIES, 1)
     assert index.add(VECTORS[:1]).tolist() == [40], "ids are not used again"
 

@@ -415,3 +415,5 @@ def test_another_savers_temporary_file_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == b"late"
     with pytest.raises(FileNotFoundError):
         filled("hamming").save(tmp_path / "no folder" / "index")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        filled("hamming").save(tmp_path)

@@ -66,9 +66,24 @@ def test_shards_are_one_index_and_outlive_their_workers(tmp_path: Path) -> None:
     assert ray.get(shards._shards[0].process.remote()) != process
     with pytest.raises(ValueError, match="k must be between 1 and 500, got 501"):
         shards.search(QUERIES, 501)
-    with pytest.raises(ValueError, match="queries must have the 40 dims of the index, got 39"):
+    with pytest.raises(ValueError, match=r"^queries must have the 40 dims of the index, got 39$"):
         shards.search(QUERIES[:, 1:], 3)
+    # Files that are gone, or were replaced by smaller ones, while their worker was away.
+    path = tmp_path / "shard-1"
+    whole = path.read_bytes()
+    path.unlink()
+    os.kill(ray.get(shards._shards[1].process.remote()), signal.SIGKILL)
+    with pytest.raises(FileNotFoundError, match="shard-1"):
+        shards.search(QUERIES, 7)
+    index.split(50)[-1].save(path)
+    with pytest.raises(ValueError, match="k must be at most the 260 rows that the files hold by now, got 500"):
+        shards.search(QUERIES, 500)
+    path.write_bytes(whole)
+    os.kill(ray.get(shards._shards[1].process.remote()), signal.SIGKILL)
+    assert_same(shards.search(QUERIES, 7, **how), index.search(QUERIES, 7, **how))
     shards.close()
+    with pytest.raises(ValueError, match="search must come before close"):
+        shards.search(QUERIES, 7)
 
 
 def test_shards_of_lists_and_shards_that_do_not_fit(tmp_path: Path) -> None:
@@ -93,3 +108,5 @@ def test_shards_of_lists_and_shards_that_do_not_fit(tmp_path: Path) -> None:
         ShardedIndex([tmp_path / "other"])
     with pytest.raises(ValueError, match="paths must name at least one file, got none"):
         ShardedIndex([])
+    with pytest.raises(TypeError, match="paths must be several paths, got 'other'"):
+        ShardedIndex("other")

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import _native, backends
 from .._checks import check_integer
+from ..ops._search_checks import check_k
 from ..ops.search import SDCCodes, rescore
 from . import _file, _inputs
 from ._file import damaged
@@ -190,9 +191,7 @@ class CodeIndex:
         _check_backend()
         given, vectors = _inputs.to_numpy("queries", queries), self._query_vectors(queries, vectors, rescore_multiplier)
         codes = self._codes.encode("queries", given)
-        if state.live == 0:
-            raise ValueError("k must be at most the number of rows, but the index is empty")
-        check_integer("k", k, 1, state.live)
+        check_k(k, state.live, "rows")
         if vectors is not None and len(vectors) != len(codes["codes"]):
             raise ValueError(
                 f"vectors must have a row for each of the {len(codes['codes'])} queries, got {len(vectors)}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
+from .._atomic import replacing
 from .._checks import FLOATS, OFFSETS, are_tensors, check_array, check_integer, raise_not_finite
 from .._native import core, num_threads
 
@@ -139,11 +140,18 @@ class FDEMatrices:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the matrices to a safetensors file."""
-        from safetensors.numpy import save_file
+        """Write the matrices to a safetensors file, in place of what stood at `path`: whenever the process or the
+        machine stops, that is the old file or the new one, whole.
+
+        Raises:
+            OSError: the file cannot be written; what stood at `path` still does.
+        """
+        from safetensors.numpy import save
 
         tensors = {name: value for name, value in zip(_NAMES, self.arrays(), strict=True) if value is not None}
-        save_file(tensors, path, {"final_dim": str(self.final_dim)})
+        data = save(tensors, {"final_dim": str(self.final_dim)})
+        with replacing(path) as file:
+            file.write(data)
 
     @classmethod
     def load(cls, path: str | Path) -> FDEMatrices:
@@ -163,7 +171,10 @@ class FDEMatrices:
         if "hyperplanes" not in tensors or not metadata.get("final_dim", "").isdigit():
             raise ValueError(f"{path} holds no FDE matrices: no hyperplanes or no final_dim in it")
         projections, buckets, signs = map(tensors.get, _NAMES[1:])
-        return cls(tensors["hyperplanes"], projections, buckets, signs, int(metadata["final_dim"]))
+        try:
+            return cls(tensors["hyperplanes"], projections, buckets, signs, int(metadata["final_dim"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no FDE matrices: {error}") from error
 
 
 def fde_queries(

@@ -4,7 +4,7 @@
 ninja. Two modules come out of it: `fastembed._core` (CPU, always) and `fastembed._cuda` (when nvcc is found).
 
 Switches (environment): FASTEMBED_CUDA=auto|0|1, FASTEMBED_CUDA_ARCHS="80;90;100", FASTEMBED_SANITIZE=address,undefined,
-MAX_JOBS, CXX.
+MAX_JOBS, CXX, CXXFLAGS (after our own flags).
 """
 
 import os
@@ -174,7 +174,8 @@ class BuildCore(build_ext):
             f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" if sanitizers else ""
         )
         includes = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-        flags = " ".join([*CXX_FLAGS, sanitize, *(f"-I{path}" for path in includes)])
+        more = os.environ.get("CXXFLAGS", "")
+        flags = " ".join([*CXX_FLAGS, sanitize, more, *(f"-I{path}" for path in includes)])
         ninja_file.rule("cxx", f"{compiler} {flags} $isa -MD -MF $out.d -c $in -o $out", depfile=True)
         ninja_file.rule("link", f"{compiler} -shared -fopenmp {sanitize} $in -o $out")
 

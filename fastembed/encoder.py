@@ -514,6 +514,7 @@ def _commutes(head: nn.Module, mode: str | Sequence[str]) -> bool:
 
 
 def is_sentence_transformer(model: object) -> bool:
+    """Whether a model is one of sentence-transformers', which need not be installed."""
     if "sentence_transformers" not in sys.modules:  # then no model can be one of its
         return False
     from sentence_transformers import SentenceTransformer

@@ -72,6 +72,7 @@ class IVFBinaryIndex(CodeIndex):
 
     @property
     def is_trained(self) -> bool:
+        """Whether there are centroids, so that rows can be added."""
         return self._centroids is not None
 
     @property

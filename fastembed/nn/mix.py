@@ -97,7 +97,11 @@ class LayerMix(nn.Module):
         return self.finish(vectors[0] if len(vectors) == 1 else self.mix(vectors), out_dtype=out_dtype)
 
     def mix(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The weighted sum of tensors of one shape, one per layer, times gamma."""
+        """The weighted sum of tensors of one shape, one per layer, times gamma; in the dtype of the first.
+
+        Raises:
+            ValueError: another number of tensors than of weights, or shapes that differ.
+        """
         self._check_number(tensors)
         if len({tensor.shape for tensor in tensors}) > 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

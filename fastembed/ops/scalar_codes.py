@@ -53,7 +53,11 @@ class ScalarCodes:
     @classmethod
     def from_sdc(cls, codes: SDCCodes) -> ScalarCodes:
         """Codes of `sdc_encode` or of a trained `nn.RecurrentBinarizer`, as unit vectors: scores are the cosines of
-        `sdc_topk`, up to rounding. The packed codes are shared, not copied."""
+        `sdc_topk`, up to rounding. The packed codes are shared, not copied.
+
+        Raises:
+            TypeError: codes are no SDCCodes.
+        """
         if not isinstance(codes, SDCCodes):
             raise TypeError(f"codes must be SDCCodes, got {type(codes).__name__}")
         norms = codes.inverse_norms
@@ -163,8 +167,16 @@ class ScalarQuantizer:
         rotation: bool = True,
         seed: int = 0,
     ) -> ScalarQuantizer:
-        """A quantizer whose centroid is the mean of `x`, [N, D] real and finite, N >= 1; with metric "cosine" the mean
-        of the vectors scaled to unit length. The rest as for the class."""
+        """A quantizer whose centroid is the mean of vectors; with metric "cosine" of the vectors scaled to unit length.
+
+        Args:
+            x: [N, D], N >= 1, float32, float16, bfloat16 or float64, finite; an array or a tensor.
+            bits, method, metric, rotation, seed: as for the class.
+
+        Raises:
+            TypeError: x is neither an array nor a tensor, or of a wrong dtype; a setting is not as for the class.
+            ValueError: x has a wrong shape, no rows, or a NaN or infinity; a setting is not as for the class.
+        """
         are_tensors(x=x)
         check_array("x", x, 2, FLOATS)
         if x.shape[0] == 0:

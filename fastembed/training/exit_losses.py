@@ -83,6 +83,7 @@ class ExitLoss(nn.Module):
         return self.loss(queries, documents)
 
     def loss(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        """What a subclass computes of embeddings that have been checked: a scalar."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -2,9 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a module's name that is a number
 
@@ -46,7 +45,6 @@ class SwapReport:
         left: linear layers that stay as they are: name -> why.
         bytes_before, bytes_after: of all parameters and buffers of the model, in memory.
         bytes_kept: of the original modules kept aside for `unswap`, on top of bytes_after.
-        bytes_on_disk: of the tensors that `fastembed.save_quantized` writes.
     """
 
     rows: tuple[SwapRow, ...]
@@ -54,7 +52,11 @@ class SwapReport:
     bytes_before: int
     bytes_after: int
     bytes_kept: int
-    bytes_on_disk: int = 0
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of the tensors that `fastembed.save_quantized` writes: all that the model has in memory, tied ones once."""
+        return self.bytes_after
 
     @property
     def average_bits(self) -> float | None:
@@ -67,14 +69,17 @@ class SwapReport:
         scored = any(row.score is not None for row in self.rows)
         header = ["module", "now", "bits", "error", "before", "after"]
         table = [[*header[:3], *(["score"] if scored else []), *header[3:]]]
-        for names, rows in _alike(self.rows):
+        by_name = {row.name: row for row in self.rows}
+        kinds = {row.name: (row.kind, row.bits, row.bytes_before, row.bytes_after) for row in self.rows}
+        for label, names in alike(kinds).items():
+            rows = [by_name[name] for name in names]
             bits = "" if rows[0].bits is None else f"{rows[0].bits:.2f}"
             scores = (
                 [_number(max((row.score for row in rows if row.score is not None), default=None))] if scored else []
             )
             error = _number(max((row.error for row in rows if row.error is not None), default=None))
             before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
-            table.append([names, rows[0].kind, bits, *scores, error, _size(before), _size(after)])
+            table.append([label, rows[0].kind, bits, *scores, error, _size(before), _size(after)])
         average = "" if self.average_bits is None else f"{self.average_bits:.2f}"
         blank = [""] * (2 if scored else 1)
         table.append(["whole model", "", average, *blank, _size(self.bytes_before), _size(self.bytes_after)])
@@ -88,29 +93,32 @@ class SwapReport:
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         if self.bytes_kept:
             lines.append(f"originals kept aside for unswap: {_size(self.bytes_kept)}")
-        lines += [f"left as it is: {name} ({why})" for name, why in self.left.items()]
+        lines += [f"left as it is: {label} ({self.left[names[0]]})" for label, names in alike(self.left).items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _alike(rows: Sequence[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
-    """Rows that differ in one number of their name only, as one: layer.{0-5}.output.dense."""
-    groups: dict[tuple[Any, ...], list[SwapRow]] = defaultdict(list)
-    for row in rows:
-        groups[_NUMBER.sub("#", row.name), row.kind, row.bits, row.bytes_before, row.bytes_after].append(row)
-    named = []
+def alike(kinds: Mapping[str, Hashable]) -> dict[str, list[str]]:
+    """Names of one kind that differ in one number only, under one label: layer.{0-5}.output.dense (6).
+
+    Args:
+        kinds: name -> what has to be equal.
+    """
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, kind in kinds.items():
+        groups[_NUMBER.sub("#", name), kind].append(name)
+    labelled = {}
     for group in groups.values():
-        numbers = list(zip(*(_NUMBER.findall(row.name) for row in group), strict=True))
+        numbers = list(zip(*map(_NUMBER.findall, group), strict=True))
         varying = [position for position, column in enumerate(numbers) if len(set(column)) > 1]
-        if len(varying) > 1:  # one number is a block, two are not obvious any more
-            named += [(row.name, [row]) for row in group]
+        if len(varying) != 1:  # one number is a block, two are not obvious any more
+            labelled.update({name: [name] for name in group})
             continue
-        parts = _NUMBER.split(group[0].name)
+        parts = _NUMBER.split(group[0])
         labels = [column[0] for column in numbers]
-        for position in varying:
-            labels[position] = _range([int(number) for number in numbers[position]])
-        name = parts[0] + "".join(label + part for label, part in zip(labels, parts[1:], strict=True))
-        named.append((name if not varying else f"{name} ({len(group)})", group))
-    return named
+        labels[varying[0]] = _range([int(number) for number in numbers[varying[0]]])
+        label = parts[0] + "".join(label + part for label, part in zip(labels, parts[1:], strict=True))
+        labelled[f"{label} ({len(group)})"] = group
+    return labelled
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from .quantization.calibration import prepare
 from .quantization.config import QuantConfig
 from .quantization.layers import Layers, Linear, find_layers
 from .quantization.planning import assign_bits, hessians_for
-from .report import SwapReport, SwapRow
+from .report import SwapReport, SwapRow, alike
 
 
 def swap(
@@ -78,7 +78,7 @@ def swap(
         _plan_pooling(plan, model)
         _plan_attention_heads(plan, heads)
     if not plan.rows:
-        reasons = "".join(f"\n  {name}: {why}" for name, why in plan.left.items())
+        reasons = "".join(f"\n  {label}: {plan.left[names[0]]}" for label, names in alike(plan.left).items())
         raise ValueError(f"model has nothing to swap{' that may be swapped:' + reasons if reasons else ''}")
     if quantize is not None:
         _plan_encoders(plan, model)
@@ -90,7 +90,6 @@ def swap(
         bytes_before,
         surgery.tensor_bytes(model),
         surgery.original_bytes(model),
-        surgery.state_bytes(model),
     )
     if verbose:
         print(report)

@@ -446,6 +446,7 @@ def test_compile_and_export() -> None:
     assert torch.equal(compiled(x), layer(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x + 1), layer(x + 1))
     batch = torch.export.Dim("batch")
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
     assert torch.equal(exported(torch.ones(7, 100)), layer(torch.ones(7, 100)))

@@ -310,7 +310,12 @@ def test_report_reads_as_a_table(model: SentenceTransformer, capsys: pytest.Capt
     report = fastembed.quantize(model, avg_bits=5, calibration=tiny_models.texts())
     assert str(report) in capsys.readouterr().out
     assert all(word in str(report) for word in ("bits", "score", "error", "whole model"))
-    assert report.bytes_on_disk == sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+
+
+def test_layers_that_are_left_alike_are_reported_together(model: SentenceTransformer) -> None:
+    report = quantized(model, bits={"intermediate": 4})
+    left = "left as it is: 0.model.encoder.layer.{0-1}.output.dense (2) (no pattern of bits)"
+    assert str(report).splitlines().count(left) == 1
 
 
 def test_swap_takes_a_budget(model: SentenceTransformer) -> None:
@@ -384,6 +389,11 @@ def test_an_interrupted_exchange_is_undone(
         ({"avg_bits": 1.2}, ValueError, r"avg_bits must be at least 1\.\d+ for these layers"),
         ({"avg_bits": 1.2, "importance": "zd"}, ValueError, r"avg_bits must be at least 1\.\d+ for these layers"),
         ({"avg_bits": -1}, ValueError, "avg_bits must be a positive number"),
+        ({"avg_bits": True}, ValueError, "avg_bits must be a positive number"),
+        ({"bits": 4, "levels": (3, 4)}, ValueError, r"levels must be left out without avg_bits, got \(3, 4\)"),
+        ({"importance": "lim"}, ValueError, "importance must be left out without avg_bits, got 'lim'"),
+        ({"avg_bits": 4, "calibration": ["text", 1]}, TypeError, "calibration must hold texts only, .*, got str at 0"),
+        ({"avg_bits": 4, "calibration": [1, 2]}, TypeError, "calibration must hold texts only, .*, got int at 0"),
         ({"avg_bits": 4, "importance": "size"}, ValueError, "importance must be 'measured', 'lim' or 'zd'"),
         ({"avg_bits": 4, "granularity": "head"}, ValueError, "granularity must be 'block' or 'linear'"),
         ({"avg_bits": 4, "levels": (0, 4)}, ValueError, "bits must be 1 to 8, got 0"),

@@ -29,8 +29,11 @@ def quantized(model: nn.Module, **settings: Any) -> nn.Module:
     "settings", [{"bits": 4}, {"bits": 3, "quantizer": "hqq"}, {"bits": {"attention": 1, "dense": 8}}]
 )
 def test_sentence_transformers_come_back(tmp_path: Path, settings: dict[str, Any]) -> None:
-    model = quantized(tiny_models.sentence_transformer(tmp_path), **settings)
+    model = tiny_models.sentence_transformer(tmp_path)
+    report = fastembed.quantize(model, **settings, verbose=False)
     fastembed.save_quantized(model, tmp_path / "quantised")
+    tensors = load_file(tmp_path / "quantised" / "quantized.safetensors")
+    assert report.bytes_on_disk == sum(tensor.nbytes for tensor in tensors.values())
     assert not list((tmp_path / "quantised").rglob("*.bin"))
     assert [file.name for file in (tmp_path / "quantised").rglob("*.safetensors")] == ["quantized.safetensors"]
     loaded = fastembed.load_quantized(tmp_path / "quantised")

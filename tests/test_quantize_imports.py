@@ -61,6 +61,14 @@ def test_gptq_with_a_zero_point_beyond_the_codes() -> None:
     assert torch.equal(layer.dequantize(), dequantised(codes, zeros, scales))
 
 
+def test_symmetric_gptq_keeps_no_zero_points() -> None:
+    codes, zeros, scales = grid(4)
+    zeros[:] = 8
+    layer = from_gptq(packed(codes.T, 4).T, packed(zeros - 1, 4), scales)
+    assert layer.symmetric
+    assert torch.equal(layer.dequantize(), dequantised(codes, zeros, scales))
+
+
 def test_gptq_in_activation_order_is_refused() -> None:
     codes, zeros, scales = grid(4)
     arguments = packed(codes.T, 4).T, packed(zeros, 4), scales

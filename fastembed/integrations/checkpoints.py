@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..nn import QuantLinear
 from ..ops.qmatmul import GROUP_MULTIPLE
+from ..reference.qmatmul import midpoint
 
 _WORD = 32
 # Columns in the order in which AWQ puts them into the nibbles of a word, lowest first.
@@ -156,6 +157,8 @@ def _layer(
     whole_row = group >= columns
     if not whole_row and group % GROUP_MULTIPLE:
         raise ValueError(f"group_size must be a multiple of {GROUP_MULTIPLE} or a whole row, got {group}")
+    if zeros is not None and bool((zeros == midpoint(bits)).all()):
+        zeros = None  # a symmetric checkpoint, which needs none
     if zeros is not None:
         is_code = not zeros.dtype.is_floating_point and int(zeros.max()) >> bits == 0
         zeros = zeros.to(torch.uint8 if is_code else scales.dtype).contiguous()

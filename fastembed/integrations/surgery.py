@@ -112,12 +112,6 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors of a model's state_dict, each counted once however often it is tied."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
 def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
     """Every place in the module tree that holds a child: (parent, child's name there, its full name, child).
 

@@ -2,8 +2,8 @@
 
 An op is one Python function per backend, all with the same signature, registered under one schema in the `fastembed::`
 namespace, with a fake kernel for tracing and a backward. Eager inference calls the chosen function directly: the
-dispatcher costs more than a small kernel. Everything else (torch.compile, export, autograd, subclasses, functorch)
-goes through the registered op.
+dispatcher costs more than a small kernel. Everything else (torch.compile, export and trace, autograd, subclasses,
+functorch) goes through the registered op.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +24,7 @@ _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _NEVER_TENSORS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -117,7 +118,7 @@ def _device_problem(backend: str, device: str) -> str | None:
 
 def is_plain_eager(tensors: Iterable[Any]) -> bool:
     """Whether an op on these tensors may skip the dispatcher: nothing is traced, recorded or transformed."""
-    if _is_compiling() or _dispatch_modes() > 0 or _functorch_level() is not None:
+    if _is_compiling() or _is_tracing() or _dispatch_modes() > 0 or _functorch_level() is not None:
         return False
     grad_enabled = _is_grad_enabled()
     for tensor in tensors:

@@ -79,7 +79,7 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
         tokenizer: a transformers tokenizer, for texts where the model has none of its own.
 
     Raises:
-        TypeError: `data` is one text, or no collection.
+        TypeError: `data` is one text, or no collection, or holds something else than all texts or all batches.
         ValueError: it is empty, or texts for a model without a tokenizer.
     """
     if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable | None):
@@ -93,6 +93,12 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
         raise ValueError("calibration must have at least one text or batch, got none")
     if all(isinstance(item, str) for item in data):
         return Calibration(model, list(_tokenised(model, data, tokenizer)))
+    for number, item in enumerate(data):
+        if not isinstance(item, Mapping | tuple | list | Tensor):
+            raise TypeError(
+                "calibration must hold texts only, or batches (dicts, tuples or tensors) only, got "
+                f"{type(item).__name__} at {number}"
+            )
     return Calibration(model, data)
 
 

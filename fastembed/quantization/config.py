@@ -61,50 +61,65 @@ class QuantConfig:
     quantizer: str = "rtn"
 
     def __post_init__(self) -> None:
-        from ..nn import QuantLinear  # which imports the quantisers of this package
+        self._check_patterns()
+        self._check_budget()
+        self._check_quantizer()
 
-        def keep(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
+    def _check_patterns(self) -> None:
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"skip must be a list of strings, got {self.skip!r}")
-        keep("skip", tuple(self.skip))
+        self._keep("skip", tuple(self.skip))
         if self.bits is not None and self.avg_bits is not None:
             raise ValueError(f"bits and avg_bits exclude each other, got {self.bits!r} and {self.avg_bits!r}")
         if self.bits is None and self.avg_bits is None:
-            keep("bits", 8)
-        if isinstance(self.bits, Mapping):
-            if not self.bits:
-                raise ValueError("bits must have at least one pattern, got none")
-            keep("bits", _FrozenMapping(self.bits))
-        if self.avg_bits is not None and not (isinstance(self.avg_bits, int | float) and 0 < self.avg_bits < 64):
+            self._keep("bits", 8)
+        if isinstance(self.bits, Mapping) and not self.bits:
+            raise ValueError("bits must have at least one pattern, got none")
+        for name in ("bits", "activations", "importance"):
+            if isinstance(getattr(self, name), Mapping):
+                self._keep(name, _FrozenMapping(getattr(self, name)))
+
+    def _check_budget(self) -> None:
+        """`avg_bits`, and what is said about how it is spent."""
+        if self.avg_bits is None:
+            for name, default in (("importance", "measured"), ("granularity", "block"), ("levels", None)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name} must be left out without avg_bits, got {value!r}")
+            return
+        is_number = isinstance(self.avg_bits, int | float) and not isinstance(self.avg_bits, bool)
+        if not (is_number and 0 < self.avg_bits < 64):
             raise ValueError(f"avg_bits must be a positive number of bits per weight, got {self.avg_bits!r}")
-        if isinstance(self.activations, Mapping):
-            keep("activations", _FrozenMapping(self.activations))
         if isinstance(self.importance, Mapping):
             if not all(isinstance(score, int | float) and isfinite(score) for score in self.importance.values()):
                 raise ValueError(f"importance must have finite numbers as scores, got {dict(self.importance)}")
-            keep("importance", _FrozenMapping(self.importance))
         elif self.importance not in IMPORTANCE:
             raise ValueError(f"importance must be {_one_of(IMPORTANCE)} or a mapping, got {self.importance!r}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be {_one_of(GRANULARITIES)}, got {self.granularity!r}")
+        if self.levels is None:
+            return
+        if isinstance(self.levels, str) or not isinstance(self.levels, Iterable):
+            raise TypeError(f"levels must be a list of bit-levels, got {self.levels!r}")
+        self._keep("levels", tuple(sorted(set(self.levels))))
+        if not self.levels:
+            raise ValueError("levels must have at least one bit-level, got none")
+        if not self.measures and len(self.levels) > 2:
+            raise ValueError(f"levels must be two unless importance is 'measured', got {list(self.levels)}")
+
+    def _check_quantizer(self) -> None:
+        from ..nn import QuantLinear  # which imports the quantisers of this package
+
         if self.quantizer not in tuple(QUANTIZERS):
             raise ValueError(f"quantizer must be {_one_of(tuple(QUANTIZERS))}, got {self.quantizer!r}")
         if self.quantizer == "hqq" and self.symmetric:
             raise ValueError("quantizer 'hqq' finds zero points: symmetric must be False, got True")
-        if self.levels is not None:
-            if isinstance(self.levels, str) or not isinstance(self.levels, Iterable):
-                raise TypeError(f"levels must be a list of bit-levels, got {self.levels!r}")
-            keep("levels", tuple(sorted(set(self.levels))))
-            if not self.levels:
-                raise ValueError("levels must have at least one bit-level, got none")
-            if not self.measures and len(self.levels) > 2:
-                raise ValueError(f"levels must be two unless importance is 'measured', got {list(self.levels)}")
         # The layer owns the rules for what it can be; an empty one applies them.
-        chosen = self.bits.values() if isinstance(self.bits, Mapping) else [8 if self.bits is None else self.bits]
+        levels = self.bits.values() if isinstance(self.bits, Mapping) else [8 if self.bits is None else self.bits]
         modes = self.activations.values() if isinstance(self.activations, Mapping) else [self.activations]
-        for bits, activations in product((*chosen, *(self.levels or ())), modes):
+        for bits, activations in product((*levels, *(self.levels or ())), modes):
             QuantLinear(
                 1,
                 1,

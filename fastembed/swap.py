@@ -18,7 +18,7 @@ from .nn import QuantLinear
 from .quantization.calibration import prepare
 from .quantization.config import QuantConfig
 from .quantization.layers import Layers, Linear, find_layers
-from .quantization.planning import assign_bits, hessians_for
+from .quantization.planning import Assigned, assign_bits, hessians_for
 from .report import SwapReport, SwapRow, alike
 
 
@@ -67,7 +67,8 @@ def swap(
     if quantize is not None and not isinstance(quantize, QuantConfig):
         raise TypeError(f"quantize must be a QuantConfig or None, got {type(quantize).__name__}")
     if surgery.is_changed(model):
-        raise ValueError("model is swapped already: call fastembed.unswap(model) first")
+        way_out = "call fastembed.unswap(model) first" if surgery.keeps_originals(model) else "take the original model"
+        raise ValueError(f"model is swapped or quantised already: {way_out}")
     plan = _Plan(keep_originals)
     bytes_before = surgery.tensor_bytes(model)
     heads = list(find_attention_heads(model)) if pooling else []
@@ -294,24 +295,28 @@ def _quantise(
     """Every weight quantised, by the id of the first of the layers that have it. Nothing is changed yet."""
     for linear in layers.weights:
         _require_finite(linear)
-    calibration = prepare(model, data, tokenizer) if config.calibrates else None
-    assigned = assign_bits(model, layers, config, calibration, progress)
-    inputs = hessians_for(layers, config, calibration)
     quantised = {}
-    steps = zip(layers.weights, assigned, inputs, strict=True)
-    for linear, level, hessian in tqdm(
-        steps, desc="Quantising", unit=" layer", total=len(layers.weights), disable=not progress
-    ):
-        module = linear.module
-        try:
-            with torch.no_grad():
-                codes = config.quantise(module.weight, level.bits, hessian)
-                bias = None if module.bias is None else module.bias.detach().clone()
-            layer = QuantLinear.from_codes(*codes, bias, bits=level.bits, group_size=config.group_size)
-        except ValueError as error:
-            raise _refused(linear, error) from error
-        quantised[id(linear)] = _Quantised(layer, _relative_error(layer, module.weight.detach()), level.score)
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        calibration = prepare(model, data, tokenizer) if config.calibrates else None
+        assigned = assign_bits(model, layers, config, calibration, progress)
+        steps = zip(layers.weights, assigned, hessians_for(layers, config, calibration), strict=True)
+        for linear, level, hessian in tqdm(
+            steps, desc="Quantising", unit=" layer", total=len(layers.weights), disable=not progress
+        ):
+            quantised[id(linear)] = _quantise_weight(linear, level, hessian, config)
     return quantised
+
+
+def _quantise_weight(linear: Linear, level: Assigned, hessian: Tensor | None, config: QuantConfig) -> _Quantised:
+    module = linear.module
+    try:
+        with torch.no_grad():
+            codes = config.quantise(module.weight, level.bits, hessian)
+            bias = None if module.bias is None else module.bias.detach().clone()
+        layer = QuantLinear.from_codes(*codes, bias, bits=level.bits, group_size=config.group_size)
+    except ValueError as error:
+        raise _refused(linear, error) from error
+    return _Quantised(layer, _relative_error(layer, module.weight.detach()), level.score)
 
 
 def _require_finite(linear: Linear) -> None:

@@ -419,7 +419,7 @@ def test_what_must_stay_stays_and_the_report_says_why() -> None:
     report = swapped(model, QuantConfig(skip=["left_out"]))
     assert [row.name for row in report.rows] == ["plain"]
     assert report.left == {
-        "head": "its weight is tied to a Embedding",
+        "head": "its weight is tied to the model's Embedding",
         "custom": "a Custom, not a plain nn.Linear",
         "float64": "its weight is torch.float64",
         "hooked": "it has hooks",
@@ -438,7 +438,7 @@ def test_a_shared_encoder_is_restored_through_either_model(tmp_path: Path) -> No
     expected = other.encode(tiny_models.texts())
     swapped(one)
     assert (other.encode(tiny_models.texts()) != expected).any()
-    with pytest.raises(ValueError, match="swapped already"):
+    with pytest.raises(ValueError, match="swapped or quantised already"):
         swapped(other)
     fastembed.unswap(other)
     assert (other.encode(tiny_models.texts()) == expected).all()
@@ -478,7 +478,7 @@ def test_misuse_is_named(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="model is not swapped"):
         fastembed.unswap(model)
     swapped(model)
-    with pytest.raises(ValueError, match="swapped already"):
+    with pytest.raises(ValueError, match="swapped or quantised already"):
         swapped(model)
 
 

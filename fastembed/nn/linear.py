@@ -257,7 +257,7 @@ class QuantLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The settings that shapes do not tell: layers of 61 and 62 features have codes of one shape."""
-        return torch.tensor(self._settings(), dtype=torch.int32)
+        return torch.tensor(self._settings(), dtype=torch.int32, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compared before anything is loaded."""

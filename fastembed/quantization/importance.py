@@ -118,14 +118,16 @@ def _inputs_and_gradients(calibration: Calibration, modules: Sequence[nn.Module]
         seen.append((module, input_of(args, kwargs).detach(), watched))
         return watched.clone()
 
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
     with hooks(modules, watch):
         for embeddings, mask in calibration.run(gradients=True):
             if not embeddings.requires_grad or not seen:
                 raise ValueError("importance='measured' needs gradients from the model's output to its linear layers")
             gradients = []
             for probe in range(_PROBES):
-                direction = torch.randn(embeddings.shape, generator=generator).to(embeddings)
+                direction = torch.randn(embeddings.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+                    embeddings
+                )
                 if mask is not None and embeddings.shape[:-1] == mask.shape:
                     direction *= mask[..., None]
                 outputs = [output for *_, output in seen]
@@ -219,13 +221,17 @@ def hessians(calibration: Calibration, layers: Sequence[Sequence[nn.Linear]]) ->
         while remaining and (not chunk or held + 4 * remaining[0][0].in_features ** 2 <= _KEPT_BYTES):
             held += 4 * remaining[0][0].in_features ** 2
             chunk.append(remaining.pop(0))
-        sums = {group[0]: torch.zeros(2 * [group[0].in_features], device=group[0].weight.device) for group in chunk}
+        sums = {group[0]: _empty_hessian(group[0]) for group in chunk}
         first: dict[nn.Module, nn.Linear] = {module: group[0] for group in chunk for module in group}
         for module, x, _, mask in _calls(calibration, list(first)):
             rows = tokens_of(x, mask).float()
             sums[first[module]].addmm_(rows.T, rows)
         for group in chunk:
             yield sums.pop(group[0])
+
+
+def _empty_hessian(layer: nn.Linear) -> Tensor:
+    return torch.zeros(2 * [layer.in_features], dtype=torch.float32, device=layer.weight.device)
 
 
 def _calls(

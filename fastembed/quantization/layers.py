@@ -131,7 +131,7 @@ def _why_left(linear: Linear, config: QuantConfig, owners: dict[int, list[nn.Mod
         return "it is empty"
     for owner in owners[id(module.weight)]:
         if type(owner) is not nn.Linear or owner.weight is not module.weight:
-            return f"its weight is tied to a {type(owner).__name__}"
+            return f"its weight is tied to the model's {type(owner).__name__}"
         if owner.bias is not module.bias:
             return "its weight is tied to a layer with another bias"
     return None

@@ -73,6 +73,13 @@ def check_integer(name: str, value: Any, smallest: int, largest: int | None = No
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if np.isnan(value):
+        raise ValueError(f"{name} must be a number, got NaN")
+
+
 def raise_not_finite(row: int, name: str = "x") -> None:
     """Raise ValueError unless `row`, the first row found not to be finite, is -1."""
     if row >= 0:

@@ -144,6 +144,12 @@ def test_save_and_load(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="path must be"):
             RecurrentBinarizer.load(path)
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="path must be an undamaged fastembed safetensors file"):
+            RecurrentBinarizer.load(path)
+    with pytest.raises(IsADirectoryError):
+        RecurrentBinarizer.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         RecurrentBinarizer.load(tmp_path / "absent")
 
@@ -294,7 +300,16 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: train_binarizer(X, bits=0, **FAST), ValueError, "bits must be between 1 and 4"),
     (lambda: train_binarizer(X, momentum=1.0, **FAST), ValueError, "momentum must be at least 0 and below 1"),
     (lambda: train_binarizer(X, temperature=0.0, **FAST), ValueError, "temperature must be positive"),
-    (lambda: train_binarizer(X, learning_rate=float("nan"), **FAST), ValueError, "learning_rate must be positive"),
+    (
+        lambda: train_binarizer(X, learning_rate=float("nan"), **FAST),
+        ValueError,
+        "learning_rate must be a number, got NaN",
+    ),
+    (lambda: train_binarizer(X, learning_rate="fast", **FAST), TypeError, "learning_rate must be a number, got 'fast'"),
+    (lambda: train_binarizer(X, learning_rate=-1.0, **FAST), ValueError, "learning_rate must be positive"),
+    (lambda: train_binarizer(X, learning_rate=1e20, **FAST), ValueError, "smaller than 1e[+]20: training diverged in"),
+    (lambda: train_binarizer(X, seed=2**63, **FAST), ValueError, "seed must be between 0 and"),
+    (lambda: train_binarizer(X, checkpoint="absent/run", **FAST), FileNotFoundError, "in a folder that is there"),
     (lambda: train_binarizer(X, hard_negatives=0, **FAST), ValueError, "hard_negatives must be at least 1"),
     (lambda: train_binarizer(X, compatible_with=X, **FAST), TypeError, "must be a RecurrentBinarizer, got Tensor"),
     (lambda: train_binarizer(X, dims=8, compatible_with=MODULE, **FAST), ValueError, "older must take 32"),

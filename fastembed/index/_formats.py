@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._checks import UINT8, check_array, check_integer
+from .._checks import UINT8, check_array, check_integer, check_number
 from ..ops import _search_checks as checks
 from ..ops import search as ops
 from ..ops.search import SDCCodes
@@ -133,10 +133,8 @@ class CodeFormat:
     def check_radius(self, radius: Any) -> None:
         if self.metric == "hamming":
             check_integer("radius", radius, 0)
-        elif isinstance(radius, bool) or not isinstance(radius, int | float | np.integer | np.floating):
-            raise TypeError(f"radius must be a number, got {radius!r}")
-        elif np.isnan(radius):
-            raise ValueError("radius must be a number, got NaN")
+        else:
+            check_number("radius", radius)
 
     def decode(self, columns: Columns) -> np.ndarray:
         """float32 [N, dim]: the vectors of unit length that the codes stand for."""

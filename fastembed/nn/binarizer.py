@@ -18,6 +18,8 @@ _FORMAT = "fastembed.RecurrentBinarizer"
 _FORMAT_VERSION = 1
 # Search takes codes of more bits; training of them has not been tried.
 _MAX_BITS = 4
+# What PyTorch's generators take.
+MAX_SEED = 2**63 - 1
 # Rows encoded at a time: bounds the memory of the hidden layer.
 _ENCODE_ROWS = 8192
 
@@ -74,6 +76,7 @@ class RecurrentBinarizer(nn.Module):
         check_integer("bits", bits, 1, _MAX_BITS)
         hidden_dim = 2 * max(in_features, out_dims) if hidden_dim is None else hidden_dim
         check_integer("hidden_dim", hidden_dim, 0)
+        check_integer("seed", seed, 0, MAX_SEED)
         self.in_features = in_features
         self.out_dims = out_dims
         self.bits = bits

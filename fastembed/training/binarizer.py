@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import are_tensors, check_integer
+from .._checks import are_tensors, check_integer, check_number
 from .._safetensors import read_safetensors, write_safetensors
-from ..nn.binarizer import RecurrentBinarizer, finite_rows
+from ..nn.binarizer import MAX_SEED, RecurrentBinarizer, finite_rows
 from .losses import contrastive_loss, neighbourhood_loss
 
 
@@ -73,7 +73,9 @@ def train_binarizer(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, too few embeddings, a NaN or infinity, a setting out of range, an older binariser
-            that does not fit, or a checkpoint of another run.
+            that does not fit, a checkpoint that is damaged or of another run, or a learning rate at which training
+            diverges.
+        OSError: the checkpoint cannot be read or written.
 
     Source: Gan et al., "Binary Embedding-based Retrieval at Tencent", KDD 2023, arXiv 2302.08714, sections 3.2 and 3.3;
     the queue as in He et al., "Momentum Contrast", arXiv 1911.05722. The optimiser, and the loss without pairs, are
@@ -92,6 +94,8 @@ def train_binarizer(
         dims,
         hidden_dim,
     )
+    if checkpoint is not None and not (folder := Path(checkpoint).absolute().parent).is_dir():
+        raise FileNotFoundError(f"checkpoint must be a file in a folder that is there, but there is no {folder}")
     data = _Data.of(embeddings, positives)
     model = RecurrentBinarizer(data.left.shape[1], dims, bits, hidden_dim, seed=seed)
     if compatible_with is not None:
@@ -110,6 +114,7 @@ def train_binarizer(
                 bar.set_postfix(loss=f"{run.train_on(batch):.3f}", refresh=False)
                 bar.update()
             run.epoch += 1
+            run.check_converging()
             if checkpoint is not None:
                 run.save(checkpoint)
     return model.eval()
@@ -136,7 +141,9 @@ class _Settings:
         check_integer("batch_size", self.batch_size, 2)
         check_integer("hard_negatives", self.hard_negatives, 1)
         check_integer("queue_size", self.queue_size, 0)
-        check_integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        for name in ("learning_rate", "temperature", "momentum"):
+            check_number(name, getattr(self, name))
         for name in ("learning_rate", "temperature"):
             if not (value := getattr(self, name)) > 0 or math.isinf(value):
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -213,6 +220,12 @@ class _Run:
                 key.lerp_(parameter, 1 - self.settings.momentum)
         self.step += 1
         return loss.item()
+
+    def check_converging(self) -> None:
+        """Raise ValueError where weights have grown beyond all bounds. The loss would not tell: NaN has a sign here."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            rate = self.settings.learning_rate
+            raise ValueError(f"learning_rate must be smaller than {rate}: training diverged in epoch {self.epoch}")
 
     def _loss_of(self, ids: Tensor) -> Tensor:
         left, right = self.data.left[ids], self.data.right[ids]

@@ -321,6 +321,17 @@ def test_sdc_topk_of_codes_with_very_different_norms(isa: str) -> None:
         assert_same(sdc_topk(q, codes, 20), sdc_oracle(q, codes, 20))
 
 
+@pytest.mark.parametrize("dim", [1, 8, 20, 48, 49, 384, 530, 1500, 7248, 7249])
+def test_two_bits_are_looked_up_for_many_queries(isa: str, dim: int) -> None:
+    # Of lengths around the parts that tables are cut into and the longest whose sums fit 16 bits.
+    rng = np.random.default_rng(dim)
+    x = rng.standard_normal((1100, dim)).astype(np.float32)
+    x[5:9], x[800:] = np.abs(x[5:9]) + 9, x[:300]  # the largest sums; ties
+    codes = sdc_encode(x, 2)
+    q = sdc_encode(np.concatenate([x[3:8], -x[5:9], rng.standard_normal((9, dim)).astype(np.float32)]), 2)
+    assert_same(sdc_topk(q, codes, 12), sdc_oracle(q, codes, 12))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @given(
     queries=st.integers(0, 12),

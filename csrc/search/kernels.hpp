@@ -67,6 +67,24 @@ constexpr int64_t row_sums_room(int64_t rows) { return (rows + 15) / 16 * 16; }
 // Bytes for 8 dimensions stand for each byte of a plane, for a whole number of 64 plane bytes.
 constexpr int64_t row_level_bytes(int64_t plane_bytes) { return (plane_bytes + 63) / 64 * 64 * 8; }
 
+// Products by table: for every few bits of a plane the table of a query has the sum of a number for each bit that is
+// set, less the least such sum. Numbers are -8 to 8 for scalar codes, -3 to 3 for levels. Codes become
+// [rows / codes, planes, groups, codes] indices of a byte each, groups being a multiple of lookup_chunk. Index g of a
+// plane is its bits g * index_bits and following (bit p: bit p % 8 of byte p / 8, counted from the least significant).
+struct Lookups {
+  int64_t codes;       // side by side
+  int64_t index_bits;  // of a code looked up at once
+  void (*pack)(const Rows& codes, int planes, uint8_t* block);
+  // SDC with 2 bits, with tables of levels; dot products are  constant + 2 sum.
+  void (*scan_two_bits)(const Block& block, int64_t groups, int64_t query_bytes, const QueryGroup& queries);
+};
+
+constexpr int64_t lookup_chunk = 8;
+// Look-ups summed in bytes, of which groups are a multiple: 4 tables of 6 numbers up to 8, 8 of numbers up to 3.
+constexpr int lookups_of_halves = 4, lookups_of_levels = 8;
+// Codes of a block for look-ups.
+constexpr int64_t most_lookup_rows = 512;
+
 struct Kernels {
   // Codes side by side in a packed block: room for a whole number of such groups is needed.
   int64_t bit_lanes;
@@ -90,6 +108,7 @@ struct Kernels {
   int64_t (*dim_of_level)(int64_t index, bool wide);
   void (*scan_levels)(const Block& block, int64_t words, int bits, const QueryGroup& queries);
 
+  const Lookups* lookups;  // or null
   const RowKernels* rows;  // or null
 };
 

@@ -13,6 +13,7 @@
 #include "search/candidates.hpp"
 #include "search/kernels.hpp"
 #include "search/levels.hpp"
+#include "search/lookups.hpp"
 #include "search/schedule.hpp"
 #include "search/score.hpp"
 
@@ -73,15 +74,14 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
 }
 
 // What SDC by bit planes and by levels share. A packed code has `words` words of type Word, a packed query
-// `query_words` of its own type, `lanes` codes stand side by side. Where the kernels have it, a query that is alone
+// `query_words` of its own type, a block `rows` codes. Where the kernels have it, a query that is alone
 // meets rows as they lie: multiply_rows(rows, query, sums), of which dot products are  constant + 2 sum.
 template <class Word, class QueryWord, class Pack, class ScanBlock, class MultiplyRows>
 void search_sdc(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t k, float* scores,
-                int64_t* ids, int threads, int64_t words, int64_t lanes, const QueryWord* packed_queries,
+                int64_t* ids, int threads, int64_t words, int64_t rows, const QueryWord* packed_queries,
                 int64_t query_words, const int32_t* constants, const Pack& pack, const ScanBlock& scan_block,
                 const RowKernels* row_kernels, const MultiplyRows& multiply_rows) {
   const Schedule schedule(queries.codes.rows, codes.codes, selection, k, threads);
-  const int64_t rows = block_rows(words * static_cast<int64_t>(sizeof(Word)), lanes);
   const Codes selected(codes.codes, codes.inverse_norms, 1, selection, rows, schedule.workers());
   const Buffer<Word> blocks(schedule.workers() * rows * words);
   const int64_t sums_room = row_sums_room(rows);
@@ -133,13 +133,44 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   generic::kernels.pack_planes(all_rows(queries.codes), bits, packed_queries.at(0));
   const std::vector<int32_t> largest(queries.codes.rows, static_cast<int32_t>(bits == 1 ? dim : 9 * dim));
   search_sdc<uint64_t>(
-      queries, codes, selection, k, scores, ids, threads, words, isa.bit_lanes, packed_queries.at(0), words,
+      queries, codes, selection, k, scores, ids, threads, words, block_rows(words * 8, isa.bit_lanes), packed_queries.at(0), words,
       largest.data(), [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
       [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); },
       row_kernels,
       [&](const Rows& some, int64_t query, int32_t* sums) {
         row_kernels->multiply_planes(some, bits, queries.codes.data + query * queries.codes.stride, sums);
       });
+}
+
+// Whether 2 bits are looked up: what it takes to make tables of queries and indices of codes pays where many meet, and
+// sums are to fit 16 bits.
+bool pays_to_look_up(const Lookups& lookups, const SdcMatrix& queries, const SdcMatrix& codes,
+                     const Selection& selection, int64_t groups) {
+  constexpr int64_t fewest_queries = 16, fewest_codes = 1024;
+  return queries.codes.rows >= fewest_queries && !selection.has_ranges() &&
+         (selection.has_ids() ? selection.id_count : codes.codes.rows) >= fewest_codes &&
+         groups * lookups.index_bits * 9 <= std::numeric_limits<uint16_t>::max();
+}
+
+void search_lookups(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim,
+                    const LookupTables& tables, int64_t k, float* scores, int64_t* ids, int threads) {
+  const Lookups& lookups = *kernels.active().lookups;
+  const Buffer<uint8_t> packed_queries(queries.codes.rows * tables.bytes());
+  std::vector<int32_t> constants(queries.codes.rows), c((dim + 7) / 8 * 8);
+  for (int64_t row = 0; row < queries.codes.rows; ++row) {
+    read_levels(queries.codes.data + row * queries.codes.stride, 2, dim, c.data());
+    const auto level = [&](int64_t d) { return 2 * c[d] - 3; };
+    int64_t sum = tables.write(level, packed_queries.at(row * tables.bytes())) * 2;
+    for (int64_t d = 0; d < dim; ++d) sum += level(d);
+    constants[row] = static_cast<int32_t>(-3 * sum);
+  }
+  search_sdc<uint8_t>(
+      queries, codes, selection, k, scores, ids, threads, tables.code_bytes(2), most_lookup_rows, packed_queries.at(0),
+      tables.bytes(), constants.data(), [&](const Rows& some, uint8_t* block) { lookups.pack(some, 2, block); },
+      [&](const Block& block, const QueryGroup& group) {
+        lookups.scan_two_bits(block, tables.groups(), tables.bytes(), group);
+      },
+      nullptr, [](const Rows&, int64_t, int32_t*) {});
 }
 
 // The bytes that stand for a query in a search by levels, [dim + 1] with a zero at the end, and its constant
@@ -179,7 +210,7 @@ void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
     row_order.apply(bytes.data(), row_queries.at(row * row_order.bytes()));
   }
   search_sdc<uint32_t>(
-      queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits), isa.level_lanes,
+      queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits), block_rows(level_dwords(words, bits) * 4, isa.level_lanes),
       packed_queries.at(0), order.bytes(), constants.data(),
       [&](const Rows& some, uint32_t* block) { isa.pack_levels(some, bits, block); },
       [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); }, row_kernels,
@@ -238,6 +269,12 @@ void RangeResult::write(int32_t* distances, int64_t* ids) const {
 void sdc_topk(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim, int bits,
               int64_t k, float* scores, int64_t* ids, int threads) {
   if (queries.codes.rows == 0) return;
+  if (const Lookups* const lookups = kernels.active().lookups; bits == 2 && lookups != nullptr) {
+    const LookupTables tables(*lookups, dim, lookups_of_levels);
+    if (pays_to_look_up(*lookups, queries, codes, selection, tables.groups())) {
+      return search_lookups(queries, codes, selection, dim, tables, k, scores, ids, threads);
+    }
+  }
   if (bits <= 2) {
     search_planes(queries, codes, selection, dim, bits, k, scores, ids, threads);
   } else {

@@ -10,6 +10,7 @@ namespace {
 
 #include "search/dwords_avx512vnni.inl"
 #include "search/level_kernels.inl"
+#include "search/lookups_avx512vnni.inl"
 #include "search/planes_avx512vnni.inl"
 #include "search/popcount_kernels.inl"
 
@@ -150,7 +151,8 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 
 const Kernels kernels = {
     Bits::lanes,       Levels::lanes, scan_rows,    Bits::pack_hamming,  Bits::scan_hamming, Bits::pack_planes,
-    Bits::scan_planes, pack_levels,   dim_of_level, Levels::scan_levels, &row_kernels,
+    Bits::scan_planes, pack_levels,   dim_of_level, Levels::scan_levels, &LookupKernels<LookupBytes>::table,
+    &row_kernels,
 };
 
 }  // namespace fastembed::search::avx512vnni

@@ -96,6 +96,7 @@ const Kernels kernels = {
     Bits::lanes,           Levels::lanes,       scan_rows,         Bits::pack_hamming,
     Bits::scan_hamming,    Bits::pack_planes,   Bits::scan_planes, Packing::pack_levels,
     Packing::dim_of_level, Levels::scan_levels, nullptr,
+    nullptr,
 };
 
 }  // namespace fastembed::search::generic

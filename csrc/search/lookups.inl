@@ -1,7 +1,7 @@
-// Products by look-up, written once over a vector type `V` of bytes and 32-bit lanes (lookups_*.inl): for every few bits
-// of a plane the table of a query has what they contribute, and one byte permutation looks up as many codes as there are
-// bytes in a register. Entries are small (Lookups), so that a few of them are summed in bytes, and all in 16 bits.
-// Included in the anonymous namespace of the level.
+// Products by look-up, written once over a vector type `V` of bytes and 32-bit lanes (lookups_*.inl): for every few
+// bits of a plane the table of a query has what they contribute, and one byte permutation looks up as many codes as
+// there are bytes in a register. Entries are small (Lookups), so that a few of them are summed in bytes, and all in 16
+// bits. Included in the anonymous namespace of the level.
 
 template <class V>
 struct LookupKernels {

@@ -1,5 +1,5 @@
-// Scores of scalar codes from products by look-up. Included in the anonymous namespace of the level, after lookups_*.inl
-// and scalar_codes.inl.
+// Scores of scalar codes from products by look-up. Included in the anonymous namespace of the level, after
+// lookups_*.inl and scalar_codes.inl.
 
 template <class V>
 struct ScalarLookupKernels {
@@ -34,7 +34,8 @@ struct ScalarLookupKernels {
             Word words[4];
             some[row / codes * n + j].widen(words);
             for (int i = 0; i < 4; ++i) {
-              words[i] = V::add(is_first ? bias : V::load(to + i * lanes), V::shift_left(words[i], half_byte_bits * part));
+              words[i] =
+                  V::add(is_first ? bias : V::load(to + i * lanes), V::shift_left(words[i], half_byte_bits * part));
             }
             if (is_last) {
               offer(block, factors, row, words, query, queries.candidates[members[j]]);

@@ -23,6 +23,7 @@ constexpr int64_t fewest_added = 12;
 constexpr int64_t first_capacity = 256;
 
 // Codes of a piece: many pieces so that no worker waits long for the last one, but none so small that taking it shows.
+// A multiple of the smallest, which is of all blocks, so that no piece ends in a part of one.
 constexpr int64_t pieces_per_worker = 16;
 constexpr int64_t smallest_piece = 512;
 constexpr int64_t largest_piece = 1 << 16;
@@ -131,7 +132,8 @@ Schedule::Schedule(int64_t queries, const Matrix& codes, const Selection& select
   if (!together_) batch_ = std::min(batch_, divide_up(queries, 4 * workers_));
   const int64_t piece = workers_ == 1 || !together_
                             ? std::max<int64_t>(1, positions)
-                            : std::clamp(positions / (workers_ * pieces_per_worker), smallest_piece, largest_piece);
+                            : std::clamp(positions / (workers_ * pieces_per_worker) / smallest_piece * smallest_piece,
+                                         smallest_piece, largest_piece);
 
   batches_.resize(divide_up(queries, batch_));
   for (size_t i = 0; i < batches_.size(); ++i) {

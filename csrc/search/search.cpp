@@ -73,7 +73,7 @@ void search_hamming(const Matrix& queries, const Matrix& codes, const Selection&
   });
 }
 
-// What SDC by bit planes and by levels share. A packed code has `words` words of type Word, a packed query
+// What the searches of SDC codes share. A packed code has `words` words of type Word, a packed query
 // `query_words` of its own type, a block `rows` codes. Where the kernels have it, a query that is alone
 // meets rows as they lie: multiply_rows(rows, query, sums), of which dot products are  constant + 2 sum.
 template <class Word, class QueryWord, class Pack, class ScanBlock, class MultiplyRows>
@@ -133,8 +133,9 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
   generic::kernels.pack_planes(all_rows(queries.codes), bits, packed_queries.at(0));
   const std::vector<int32_t> largest(queries.codes.rows, static_cast<int32_t>(bits == 1 ? dim : 9 * dim));
   search_sdc<uint64_t>(
-      queries, codes, selection, k, scores, ids, threads, words, block_rows(words * 8, isa.bit_lanes), packed_queries.at(0), words,
-      largest.data(), [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
+      queries, codes, selection, k, scores, ids, threads, words, block_rows(words * 8, isa.bit_lanes),
+      packed_queries.at(0), words, largest.data(),
+      [&](const Rows& some, uint64_t* block) { isa.pack_planes(some, bits, block); },
       [&](const Block& block, const QueryGroup& group) { isa.scan_planes(block, words, bits, dim, group); },
       row_kernels,
       [&](const Rows& some, int64_t query, int32_t* sums) {
@@ -154,23 +155,31 @@ bool pays_to_look_up(const Lookups& lookups, const SdcMatrix& queries, const Sdc
 
 void search_lookups(const SdcMatrix& queries, const SdcMatrix& codes, const Selection& selection, int64_t dim,
                     const LookupTables& tables, int64_t k, float* scores, int64_t* ids, int threads) {
+  constexpr int64_t most_queries = 1024;  // whose tables are in memory at a time
   const Lookups& lookups = *kernels.active().lookups;
-  const Buffer<uint8_t> packed_queries(queries.codes.rows * tables.bytes());
-  std::vector<int32_t> constants(queries.codes.rows), c((dim + 7) / 8 * 8);
-  for (int64_t row = 0; row < queries.codes.rows; ++row) {
-    read_levels(queries.codes.data + row * queries.codes.stride, 2, dim, c.data());
-    const auto level = [&](int64_t d) { return 2 * c[d] - 3; };
-    int64_t sum = tables.write(level, packed_queries.at(row * tables.bytes())) * 2;
-    for (int64_t d = 0; d < dim; ++d) sum += level(d);
-    constants[row] = static_cast<int32_t>(-3 * sum);
+  const Buffer<uint8_t> packed_queries(std::min(most_queries, queries.codes.rows) * tables.bytes());
+  std::vector<int32_t> constants(std::min(most_queries, queries.codes.rows)), c((dim + 7) / 8 * 8);
+  for (int64_t first = 0; first < queries.codes.rows; first += most_queries) {
+    SdcMatrix some = queries;
+    some.codes.data += first * queries.codes.stride;
+    some.codes.rows = std::min(most_queries, queries.codes.rows - first);
+    some.inverse_norms += first;
+    for (int64_t row = 0; row < some.codes.rows; ++row) {
+      read_levels(some.codes.data + row * some.codes.stride, 2, dim, c.data());
+      const auto level = [&](int64_t d) { return 2 * c[d] - 3; };
+      int64_t sum = tables.write(level, packed_queries.at(row * tables.bytes())) * 2;
+      for (int64_t d = 0; d < dim; ++d) sum += level(d);
+      constants[row] = static_cast<int32_t>(-3 * sum);
+    }
+    search_sdc<uint8_t>(
+        some, codes, selection, k, scores + first * k, ids + first * k, threads, tables.code_bytes(2), most_lookup_rows,
+        packed_queries.at(0), tables.bytes(), constants.data(),
+        [&](const Rows& rows, uint8_t* block) { lookups.pack(rows, 2, block); },
+        [&](const Block& block, const QueryGroup& group) {
+          lookups.scan_two_bits(block, tables.groups(), tables.bytes(), group);
+        },
+        nullptr, [](const Rows&, int64_t, int32_t*) {});
   }
-  search_sdc<uint8_t>(
-      queries, codes, selection, k, scores, ids, threads, tables.code_bytes(2), most_lookup_rows, packed_queries.at(0),
-      tables.bytes(), constants.data(), [&](const Rows& some, uint8_t* block) { lookups.pack(some, 2, block); },
-      [&](const Block& block, const QueryGroup& group) {
-        lookups.scan_two_bits(block, tables.groups(), tables.bytes(), group);
-      },
-      nullptr, [](const Rows&, int64_t, int32_t*) {});
 }
 
 // The bytes that stand for a query in a search by levels, [dim + 1] with a zero at the end, and its constant
@@ -210,8 +219,8 @@ void search_levels(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
     row_order.apply(bytes.data(), row_queries.at(row * row_order.bytes()));
   }
   search_sdc<uint32_t>(
-      queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits), block_rows(level_dwords(words, bits) * 4, isa.level_lanes),
-      packed_queries.at(0), order.bytes(), constants.data(),
+      queries, codes, selection, k, scores, ids, threads, level_dwords(words, bits),
+      block_rows(level_dwords(words, bits) * 4, isa.level_lanes), packed_queries.at(0), order.bytes(), constants.data(),
       [&](const Rows& some, uint32_t* block) { isa.pack_levels(some, bits, block); },
       [&](const Block& block, const QueryGroup& group) { isa.scan_levels(block, words, bits, group); }, row_kernels,
       [&](const Rows& some, int64_t query, int32_t* sums) {

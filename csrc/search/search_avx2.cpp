@@ -8,8 +8,8 @@ namespace {
 
 #include "search/dwords_avx2.inl"
 #include "search/level_kernels.inl"
-#include "search/lookups_avx2.inl"
 #include "search/level_packing.inl"
+#include "search/lookups_avx2.inl"
 #include "search/popcount_kernels.inl"
 
 // Up to 8 bytes, the rest zero.
@@ -136,9 +136,17 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 }  // namespace
 
 const Kernels kernels = {
-    Bits::lanes,           Levels::lanes,       scan_rows,         Bits::pack_hamming,
-    Bits::scan_hamming,    Bits::pack_planes,   Bits::scan_planes, Packing::pack_levels,
-    Packing::dim_of_level, Levels::scan_levels, &LookupKernels<LookupBytes>::table,
+    Bits::lanes,
+    Levels::lanes,
+    scan_rows,
+    Bits::pack_hamming,
+    Bits::scan_hamming,
+    Bits::pack_planes,
+    Bits::scan_planes,
+    Packing::pack_levels,
+    Packing::dim_of_level,
+    Levels::scan_levels,
+    &LookupKernels<LookupBytes>::table,
     nullptr,
 };
 

@@ -150,8 +150,17 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 }  // namespace
 
 const Kernels kernels = {
-    Bits::lanes,       Levels::lanes, scan_rows,    Bits::pack_hamming,  Bits::scan_hamming, Bits::pack_planes,
-    Bits::scan_planes, pack_levels,   dim_of_level, Levels::scan_levels, &LookupKernels<LookupBytes>::table,
+    Bits::lanes,
+    Levels::lanes,
+    scan_rows,
+    Bits::pack_hamming,
+    Bits::scan_hamming,
+    Bits::pack_planes,
+    Bits::scan_planes,
+    pack_levels,
+    dim_of_level,
+    Levels::scan_levels,
+    &LookupKernels<LookupBytes>::table,
     &row_kernels,
 };
 

@@ -95,8 +95,7 @@ void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candi
 const Kernels kernels = {
     Bits::lanes,           Levels::lanes,       scan_rows,         Bits::pack_hamming,
     Bits::scan_hamming,    Bits::pack_planes,   Bits::scan_planes, Packing::pack_levels,
-    Packing::dim_of_level, Levels::scan_levels, nullptr,
-    nullptr,
+    Packing::dim_of_level, Levels::scan_levels, nullptr,           nullptr,
 };
 
 }  // namespace fastembed::search::generic

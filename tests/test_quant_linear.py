@@ -331,7 +331,7 @@ def test_training_mode_is_kept_and_the_linear_is_not_changed() -> None:
 
 def make_group(**settings: object) -> QuantLinearGroup:
     torch.manual_seed(0)
-    sizes, bits, group_sizes = (70, 64, 130), (4, 8, 2), (64, 32, -1)
+    sizes, bits, group_sizes = (70, 64, 130), (8, 2, 8), (64, 32, -1)
     layers = [
         QuantLinear.from_linear(nn.Linear(100, size), bits=b, group_size=g, **settings)
         for size, b, g in zip(sizes, bits, group_sizes, strict=True)

@@ -343,6 +343,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
   const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
   const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
+    block.ahead->fetch();
     const int64_t at = group * block_columns;
     __m256i dot[Rows][tile_vectors];
     for (int r = 0; r < Rows; ++r) {
@@ -447,6 +448,7 @@ void unpack_floats(const Panel& panel, const Block& block) {
 // A block's products are summed on their own before they join the sums, which keeps rounding errors low in long rows.
 template <int Rows>
 void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& tokens, int64_t row, float* totals) {
+  block.ahead->fetch();
   __m256 sum[Rows][tile_vectors];
   for (int r = 0; r < Rows; ++r) {
     for (int t = 0; t < tile_vectors; ++t) sum[r][t] = _mm256_setzero_ps();

@@ -7,6 +7,22 @@
 
 constexpr int64_t block_bytes = block_columns * 1024;
 
+// Fetches what lies ahead of the work, a little at a time.
+struct Ahead {
+  const uint8_t* at;
+  int64_t left;
+  int64_t step;
+
+  inline __attribute__((always_inline)) Ahead(const uint8_t* from, int64_t bytes, int64_t steps)
+      : at(from), left(from == nullptr ? 0 : bytes), step((bytes / steps + 64) / 64 * 64) {}
+
+  inline __attribute__((always_inline)) void fetch() {
+    for (const uint8_t* end = at + (left < step ? left : step); at < end; at += 64, left -= 64) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+};
+
 struct Block {
   void* weights;  // as the level wants them
   // Where the arithmetic and the level need them.
@@ -19,6 +35,7 @@ struct Block {
   int64_t first_group;
   int64_t quads;
   bool first;           // of its band: sums begin with it, at zero
+  Ahead* ahead;         // to be asked by a tile once per group, or once where blocks are cut evenly
   const Output* plain;  // where sums that are whole with this block go at once, needing but scale and bias; or null
 };
 
@@ -64,22 +81,6 @@ inline __attribute__((always_inline)) void prefetch_outputs(const Output& output
   }
 }
 
-// Fetches what lies ahead of the work, a little at a time.
-struct Ahead {
-  const uint8_t* at;
-  int64_t left;
-  int64_t step;
-
-  inline __attribute__((always_inline)) Ahead(const uint8_t* from, int64_t bytes, int64_t steps)
-      : at(from), left(from == nullptr ? 0 : bytes), step((bytes / steps + 64) / 64 * 64) {}
-
-  inline __attribute__((always_inline)) void fetch() {
-    for (const uint8_t* end = at + (left < step ? left : step); at < end; at += 64, left -= 64) {
-      __builtin_prefetch(at, 0, 2);
-    }
-  }
-};
-
 inline const float* scales_of(const Tokens& tokens, int64_t row) { return tokens.scales + row; }
 template <class Rows>
 const float* scales_of(const Rows&, int64_t) {
@@ -112,7 +113,9 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
   const int64_t height = tokens.rows / tiles, higher = tokens.rows % tiles;
   const int64_t bands = (output.columns + block_columns - 1) / block_columns;
   const int64_t blocks = panel.quads == 0 ? 1 : (panel.quads + cut.quads - 1) / cut.quads;
-  Ahead ahead(panel.next_codes, panel.quads * 32 * panel.bits, bands * blocks * tiles);
+  const int64_t steps = bands * tiles * (cut.groups == 0 ? blocks : panel.groups);
+  Ahead ahead(panel.next_codes, panel.quads * 32 * panel.bits, steps < 1 ? 1 : steps);
+  block.ahead = &ahead;
   for (block.column = 0; block.column < output.columns; block.column += block_columns) {
     for (int64_t i = 0; i < blocks; ++i) {
       const bool last = i + 1 == blocks;
@@ -125,7 +128,6 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t rows = height + (tile < higher ? 1 : 0);
         float* sums = totals + (waiting ? row * block_columns : 0);
-        ahead.fetch();
         if (last) prefetch_outputs(output, block.column, row, rows);
         multiply_tile_of[rows](panel, block, tokens, row, sums);
         if (last && !plain) finish({sums, rows, block_columns, row, block.column}, scales_of(tokens, row), output);

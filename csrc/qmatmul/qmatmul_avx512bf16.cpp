@@ -81,6 +81,7 @@ void multiply_tile(const Panel& panel, const Block& block, const BFloat16Tokens&
   const uint16_t* x = tokens.values + row * tokens.stride + block.first_quad * quad;
   const float* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
+    block.ahead->fetch();
     const int64_t at = group * block_columns;
     __m512 dot[Rows][tile_vectors];
     UNROLL for (int r = 0; r < Rows; ++r) {

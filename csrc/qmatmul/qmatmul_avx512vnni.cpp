@@ -347,6 +347,7 @@ void unpack_block(const Panel& panel, const Block& block) {
                                        : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
                                                             _mm512_set1_epi32(0x01010101));
     }
+    if constexpr (Bits == 8) continue;  // bytes already, which are used where they are
     for (int64_t n = panel.quads_in(group); n > 0; --n) {
       for (int t = 0; t < tile_vectors; ++t) {
         _mm512_store_si512(bytes + t * 64, _mm512_add_epi8(unpack(tile + t * 8 * Bits), offsets[t]));
@@ -361,21 +362,25 @@ template <int Rows, Rest rest>
 void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
   __m512 total[Rows][tile_vectors];
   begin_tile(block, totals, total);
-  const uint8_t* bytes = static_cast<const uint8_t*>(block.weights);
+  const bool unpacked = panel.bits != 8;
+  const int64_t first_tile = block.first_quad * (panel_width / tile_width) + block.column / tile_width;
+  const uint8_t* bytes = unpacked ? static_cast<const uint8_t*>(block.weights) : panel.codes + first_tile * 64;
+  const int64_t step = quad * (unpacked ? block_columns : panel_width);
   const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
   const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
   for (int64_t group = 0; group * panel.group_quads < block.quads; ++group) {
+    block.ahead->fetch();
     const int64_t at = group * block_columns;
     __m512i dot[Rows][tile_vectors];
     const auto multiply_quads = [&](int64_t n) INLINE_LAMBDA {
       for (; n > 0; --n) {
         __m512i w[tile_vectors];
-        UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_load_si512(bytes + t * 64);
+        UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_loadu_si512(bytes + t * 64);
         UNROLL for (int r = 0; r < Rows; ++r) {
           const __m512i a = load_quad(quads + r * tokens.stride);
           UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
         }
-        bytes += quad * block_columns;
+        bytes += step;
         quads += quad;
       }
     };
@@ -496,6 +501,7 @@ void unpack_floats(const Panel& panel, const Block& block) {
 // A block's products are summed on their own before they join the sums, which keeps rounding errors low in long rows.
 template <int Rows>
 void multiply_float_tile(const Panel&, const Block& block, const FloatTokens& tokens, int64_t row, float* totals) {
+  block.ahead->fetch();
   __m512 sum[Rows][tile_vectors];
   UNROLL for (int r = 0; r < Rows; ++r) {
     UNROLL for (int t = 0; t < tile_vectors; ++t) sum[r][t] = _mm512_setzero_ps();

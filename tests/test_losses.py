@@ -357,6 +357,15 @@ def test_heads_and_prompts_are_trained_as_they_are_encoded(tmp_path: Path) -> No
     assert any(parameter is head.weight for parameter in loss.parameters())
 
 
+@pytest.mark.parametrize("loss", [MultiExitContrastiveLoss(EXITS), StarbucksLoss(EXITS)])
+def test_half_precision_embeddings_have_their_softmax_in_float32(loss: ExitLoss) -> None:
+    queries, documents = pairs(EXITS)
+    half = [{exit: e.bfloat16() for exit, e in embeddings.items()} for embeddings in (queries, documents)]
+    value = loss(*half)
+    assert value.dtype == torch.float32
+    assert value == loss(*({exit: e.float() for exit, e in embeddings.items()} for embeddings in half))
+
+
 # ---- bad input ----
 
 
@@ -381,7 +390,14 @@ def test_heads_and_prompts_are_trained_as_they_are_encoded(tmp_path: Path) -> No
         (lambda: Matryoshka2dLoss(LAYERS, 16, [4], layers_per_step=0), ValueError, "layers_per_step must be at least"),
         (lambda: Matryoshka2dLoss(3, 16, [4]), TypeError, "layers must be a list of ints, got 3"),
         (lambda: ESELoss(LAYERS, 16, 32), ValueError, "lie between 1 and the width 16"),
+        (
+            lambda: Matryoshka2dLoss(LAYERS, 16, [4], layer_weighting=3),
+            TypeError,
+            "layer_weighting must be a name or a",
+        ),
+        (lambda: Matryoshka2dLoss(LAYERS, 16, [4], last_weight=-1), ValueError, "last_weight must be at least 0"),
         (lambda: RankingLoss(0), ValueError, "scale must be positive"),
+        (lambda: RankingLoss("large"), TypeError, "scale must be a number, got 'large'"),
     ],
 )
 def test_bad_settings(make: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -396,6 +412,8 @@ def test_bad_embeddings() -> None:
         loss([], documents)
     with pytest.raises(ValueError, match=r"documents must hold the exits .* got none for \[\(4, 16\)\]"):
         loss(queries, {exit: e for exit, e in documents.items() if exit != (4, 16)})
+    with pytest.raises(TypeError, match=r"queries must hold tensors, got list at exit \(2, 8\)"):
+        loss({**queries, (2, 8): queries[2, 8].tolist()}, documents)
     with pytest.raises(ValueError, match=r"queries must be \[4, 8\] at exit \(2, 8\), got shape \[4, 7\]"):
         loss({**queries, (2, 8): queries[2, 8][:, :7]}, documents)
     with pytest.raises(ValueError, match="documents must be at least as many as queries, and those 1, got 3 and 4"):

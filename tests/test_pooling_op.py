@@ -121,6 +121,11 @@ def _flat(pooled: list[dict[int, Tensor]]) -> tuple[Tensor, ...]:
         (lambda: fastembed.pool_exits(HIDDEN, MASK, dims="48"), TypeError, "dims must be"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, out_dtype=torch.int16), TypeError, "out_dtype must be float32"),
         (lambda: fastembed.pool_exits(HIDDEN, MASK, out_dtype=torch.float64), TypeError, "out_dtype float64 needs"),
+        (
+            lambda: fastembed.pool_exits([HIDDEN[0][..., :0]]),
+            ValueError,
+            r"at least one feature .* got shape \(3, 5, 0\)",
+        ),
         (lambda: MultiExitPooling(mode="median"), ValueError, "mode must be one of mean, cls"),
     ],
 )

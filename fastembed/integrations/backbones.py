@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -142,6 +143,14 @@ def _called_after(forward: Callable[..., Any], name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\bself\.(\w+)\(", after))
 
 
+_watched: ContextVar[bool] = ContextVar("watched", default=False)
+
+
+def is_watched() -> bool:
+    """Whether this thread's forward passes are watched, so that whole batches have to go through every layer."""
+    return _watched.get()
+
+
 class _Stop(BaseException):
     """Ends a forward pass whose remaining layers nobody asked for. No Exception, so that no model catches it."""
 
@@ -207,9 +216,11 @@ def watch_layers(backbone: Backbone, last: int, receive: Callable[[int, Tensor],
         before, after = hooks(module)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
+    token = _watched.set(True)
     try:
         yield
     finally:
+        _watched.reset(token)
         for handle in handles:
             handle.remove()
 

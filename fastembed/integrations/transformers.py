@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import backbones
 from .batches import SLICE_TOKENS
 
 # Arguments of an encoder's forward that hold one row per sequence.
@@ -29,8 +30,8 @@ def forward_in_slices(encoder: PreTrainedModel, *args: Any, **kwargs: Any) -> An
     """The encoder's own forward, in inference on the CPU over one slice of a large batch after the other."""
     forward = type(encoder).forward
     whole = args or torch.compiler.is_compiling() or torch.is_grad_enabled() or _returns_cache(encoder, kwargs)
-    rows = None if whole else _rows_per_slice(kwargs)
-    if rows is None or _has_hooks(encoder):
+    rows = None if whole or backbones.is_watched() else _rows_per_slice(kwargs)
+    if rows is None:
         return forward(encoder, *args, **kwargs)
     batched = {name: value for name, value in kwargs.items() if name in _BATCHED and value is not None}
     batch = next(iter(batched.values())).shape[0]
@@ -39,11 +40,6 @@ def forward_in_slices(encoder: PreTrainedModel, *args: Any, **kwargs: Any) -> An
         piece = {name: value[start : start + rows] for name, value in batched.items()}
         outputs.append(forward(encoder, **{**kwargs, **piece}))
     return _concatenate(outputs)
-
-
-def _has_hooks(encoder: PreTrainedModel) -> bool:
-    """Whether somebody looks at what goes on inside (a MultiExitEncoder), who expects the batch in one piece."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules() if module != encoder)
 
 
 def _returns_cache(encoder: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:

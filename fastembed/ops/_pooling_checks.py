@@ -60,6 +60,10 @@ def _check_exit(hidden: Tensor, position: int, packed: bool) -> Tensor:
             f"got {hidden.dtype} {hidden.layout}"
         )
     rank = hidden.dim()
+    if rank and hidden.shape[-1] == 0:
+        raise ValueError(
+            f"hidden_states[{position}] must have at least one feature per token, got shape {tuple(hidden.shape)}"
+        )
     if packed and rank == 3 and hidden.shape[0] == 1:
         return hidden[0]
     if rank != (2 if packed else 3):

@@ -9,6 +9,7 @@ detached.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class ExitLoss(nn.Module):
             ValueError: an exit that is missing, shapes other than the exit's, fewer documents than queries, or none.
         """
         self._check(queries, documents)
-        return self.loss(queries, documents)
+        return self.loss(*(self._widened(embeddings) for embeddings in (queries, documents)))
 
     def loss(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         """What a subclass computes of embeddings that have been checked: a scalar."""
@@ -89,6 +90,12 @@ class ExitLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"exits={list(self.exits)}"
 
+    def _widened(self, embeddings: Embeddings) -> Embeddings:
+        """In float32 at least: in half precision the softmax of many scores is off by whole digits."""
+        return {
+            exit: embeddings[exit].to(torch.promote_types(embeddings[exit].dtype, torch.float32)) for exit in self.exits
+        }
+
     def _check(self, queries: Embeddings, documents: Embeddings) -> None:
         rows = []
         for name, embeddings in (("queries", queries), ("documents", documents)):
@@ -96,7 +103,10 @@ class ExitLoss(nn.Module):
                 raise TypeError(f"{name} must map (layer, dim) to tensors, got {type(embeddings).__name__}")
             if missing := [exit for exit in self.exits if exit not in embeddings]:
                 raise ValueError(f"{name} must hold the exits {list(self.exits)}, got none for {missing}")
-            count = embeddings[self.exits[0]].shape[0]
+            for exit in self.exits:
+                if not isinstance(embeddings[exit], Tensor):
+                    raise TypeError(f"{name} must hold tensors, got {type(embeddings[exit]).__name__} at exit {exit}")
+            count = len(embeddings[self.exits[0]])
             for exit in self.exits:
                 if tuple(embeddings[exit].shape) != (count, exit[1]):
                     raise ValueError(
@@ -138,7 +148,7 @@ class MultiExitContrastiveLoss(ExitLoss):
         scale = self.log_scale.exp()
         losses = []
         for exit in self.exits:
-            scores = scale.to(queries[exit].dtype) * (queries[exit] @ documents[exit].T)
+            scores = scale * (queries[exit] @ documents[exit].T)
             own = _diagonal(scores)
             # Documents that answer no query look for none.
             symmetric = F.cross_entropy(scores, own) + F.cross_entropy(scores[:, : len(own)].T, own)
@@ -250,7 +260,10 @@ class Matryoshka2dLoss(ExitLoss):
             if layer_weighting not in _LAYER_WEIGHTS:
                 raise ValueError(f"layer_weighting must be one of {', '.join(_LAYER_WEIGHTS)}, got {layer_weighting!r}")
             layer_weighting = _LAYER_WEIGHTS[layer_weighting]
-        _check_not_negative("alignment", alignment)
+        if not callable(layer_weighting):
+            raise TypeError(f"layer_weighting must be a name or a function of the layer, got {layer_weighting!r}")
+        for name, weight in (("last_weight", last_weight), ("prior_weight", prior_weight), ("alignment", alignment)):
+            _check_not_negative(name, weight)
         _check_positive("alignment_temperature", alignment_temperature)
         self.layers_per_step = layers_per_step
         self.dims_per_step = dims_per_step
@@ -413,10 +426,17 @@ def _numbers(name: str, values: Sequence[float] | None, count: int) -> list[floa
 
 
 def _check_positive(name: str, value: float) -> None:
+    _check_number(name, value)
     if not value > 0 or math.isinf(value):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_not_negative(name: str, value: float) -> None:
+    _check_number(name, value)
     if not value >= 0 or math.isinf(value):
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")

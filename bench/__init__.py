@@ -3,7 +3,7 @@
 A family is a module `bench/<family>.py` with one function `cases() -> Iterable[Case]`. A case builds its inputs for a
 given number of threads and says what to call, how to judge the answers, what the work costs and what ours must reach:
 
-    from bench import Case, Context, Faster, OfLimit, Workload, optional_import
+    from bench import Case, Context, Faster, Goal, OfLimit, Workload, optional_import
 
     faiss = optional_import("faiss")              # a peer that is not installed is left out, and the report says so
 
@@ -31,6 +31,6 @@ one thread pool at a time, and keeps the best and the median round of each in wa
 limits (bench/limits) are measured before and after, in the same process.
 """
 
-from .harness.workload import Case, Context, Faster, OfLimit, Rate, Reached, Workload, optional_import
+from .harness.workload import Case, Context, Faster, Goal, OfLimit, Rate, Reached, Workload, optional_import
 
-__all__ = ["Case", "Context", "Faster", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]
+__all__ = ["Case", "Context", "Faster", "Goal", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]

@@ -93,7 +93,7 @@ def _model_and_batch(
     context: Context, batch: int, length: int, layers: int = LAYERS
 ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     rows, tokens = (2, 8) if context.quick else (batch, length)
-    config = transformers.BertConfig(  # type: ignore[union-attr]
+    config = transformers.BertConfig(
         vocab_size=30522,
         hidden_size=384,
         num_hidden_layers=layers,
@@ -102,7 +102,7 @@ def _model_and_batch(
         max_position_embeddings=512,
     )
     torch.manual_seed(0)
-    model = transformers.BertModel(config, add_pooling_layer=False).eval()  # type: ignore[union-attr]
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
     ids = torch.randint(config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
     lengths = torch.linspace(tokens // 2, tokens, rows).round()
     mask = (torch.arange(tokens) < lengths[:, None]).long()

@@ -10,6 +10,7 @@ import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
     half = LatentAttentionPooling.from_nv_embed({name: w.bfloat16() for name, w in weights.items()}, HEADS).fold()
     low = x.bfloat16()
     with torch.no_grad():
-        keys, values = (kept.expand(batch, -1, -1, -1) for kept in pooling.layers[0].keys_values(pooling.latents))
+        layer: Any = pooling.layers[0]
+        keys, values = (kept.expand(batch, -1, -1, -1) for kept in layer.keys_values(pooling.latents))
     providers = {
         OURS: lambda: pooling(x, mask),
         OURS_INT8: lambda: quantized(x, mask),
@@ -142,10 +144,10 @@ def _learned_query(context: Context) -> Workload:
     """The pooling head of SigLIP so400m on the patches of 384 x 384 pixels."""
     width, heads, batch, length = (32, 2, 2, 8) if context.quick else (1152, 16, 8, 729)
     torch.manual_seed(0)
-    config = siglip.SiglipVisionConfig(  # type: ignore[union-attr]
+    config = siglip.SiglipVisionConfig(
         hidden_size=width, intermediate_size=width * 4304 // 1152, num_attention_heads=heads
     )
-    theirs = siglip.SiglipMultiheadAttentionPoolingHead(config).eval()  # type: ignore[union-attr]
+    theirs = siglip.SiglipMultiheadAttentionPoolingHead(config).eval()
     (head,) = find_attention_heads(torch.nn.Sequential(theirs))
     ours = head.pooling.eval()
     x = torch.randn(batch, length, width)

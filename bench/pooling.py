@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 import fastembed
 
-from . import Case, Context, Faster, OfLimit, Reached, Workload, limits, optional_import
+from . import Case, Context, Faster, Goal, OfLimit, Reached, Workload, limits, optional_import
 from .harness import environment
 from .harness.workload import OURS
 
@@ -36,7 +36,7 @@ Pooled = list[dict[int, Tensor]]
 
 
 def cases() -> Iterator[Case]:
-    goals: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(BMM, 1.3), Faster(READ, 0.9)]
+    goals: list[Goal] = [Faster(PEER, 5.0), Faster(BMM, 1.3), Faster(READ, 0.9)]
     compiled = [*goals, Faster(COMPILED, 1.3), Faster(COMPILED_BMM, 1.3)]
     yield Case("mean, 6 exits, 64 x 256 x 384", _pooling("mean", 6, 64, 256, 384, goals=goals))
     yield Case("mean, 6 exits, 32 x 256 x 768", _pooling("mean", 6, 32, 256, 768, goals=compiled))
@@ -46,13 +46,13 @@ def cases() -> Iterator[Case]:
     yield Case("mean, 6 exits, 32 x 256 x 768, 60% valid", _pooling("mean", 6, 32, 256, 768, valid=0.6, goals=goals))
     bfloat16 = _pooling("mean", 6, 64, 256, 768, dtype=torch.bfloat16, goals=goals)
     yield Case("mean, 6 exits, 64 x 256 x 768, bfloat16", bfloat16)
-    others: list[Faster | OfLimit] = [Faster(PEER, 5.0), Faster(READ, 0.9)]
+    others: list[Goal] = [Faster(PEER, 5.0), Faster(READ, 0.9)]
     yield Case("max, 6 exits, 32 x 256 x 768", _pooling("max", 6, 32, 256, 768, goals=others))
     yield Case("weightedmean, 6 exits, 32 x 256 x 768", _pooling("weightedmean", 6, 32, 256, 768, goals=others))
     modes = ["cls", "mean", "max"]
-    several: list[Faster | OfLimit] = [*others, Faster(BY_MODE, 1.3)]
+    several: list[Goal] = [*others, Faster(BY_MODE, 1.3)]
     yield Case("cls, mean and max, 6 exits, 32 x 256 x 768", _pooling(modes, 6, 32, 256, 768, goals=several))
-    tiny: list[Faster | OfLimit] = [Faster(PEER, 1.0), Faster(BMM, 1.0)]
+    tiny: list[Goal] = [Faster(PEER, 1.0), Faster(BMM, 1.0)]
     yield Case("mean, 1 exit, 1 x 8 x 384", _pooling("mean", 1, 1, 8, 384, dims=1, goals=tiny))
     for mode in ("mean", "max"):
         for reuse in (True, False):
@@ -72,7 +72,7 @@ def _pooling(
     first_dim: int | None = None,
     valid: float = 1.0,
     dtype: torch.dtype = torch.float32,
-    goals: list[Faster | OfLimit],
+    goals: list[Goal],
 ) -> Callable[[Context], Workload]:
     """`dims`: how many, halving from `first_dim` (None: `size`); `valid`: mean length of the right-padded sequences."""
 
@@ -81,7 +81,7 @@ def _pooling(
         whole = (first_dim or size) * (1 if isinstance(mode, str) else len(mode))
         prefixes = [whole >> i for i in range(dims)]
 
-        providers: dict[str, Callable[[], Pooled]] = {
+        providers: dict[str, Callable[[], Any]] = {
             OURS: lambda: fastembed.pool_exits(hidden_states, mask, mode=mode, dims=prefixes)
         }
         if st_models is not None:
@@ -203,8 +203,8 @@ def _sentence_transformers(
     hidden_states: list[Tensor], mask: Tensor, mode: str | list[str], dims: list[int]
 ) -> Callable[[], Pooled]:
     """Its modules as they are used: one forward of Pooling and of Normalize for every exit and dim."""
-    pooling = st_models.Pooling(hidden_states[0].shape[-1], pooling_mode=mode if isinstance(mode, str) else tuple(mode))  # type: ignore[union-attr]
-    to_unit = st_models.Normalize()  # type: ignore[union-attr]
+    pooling = st_models.Pooling(hidden_states[0].shape[-1], pooling_mode=mode if isinstance(mode, str) else tuple(mode))
+    to_unit = st_models.Normalize()
 
     def embed(hidden: Tensor, dim: int) -> Tensor:
         pooled = pooling({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastembed.nn import QuantLinear
 
-from . import Case, Context, Faster, OfLimit, Workload, optional_import
+from . import Case, Context, Faster, Goal, OfLimit, Workload, optional_import
 from ._qmatmul_plot import plot as plot
 from .peers import auto_round, ggml
 
@@ -68,9 +68,9 @@ Providers = Iterator[tuple[str, int, Provider]]  # name, bits of the weights, ca
 
 def cases() -> Iterator[Case]:
     for n, k in SHAPES:
-        widths, rows = (BITS, (1, 8, 64, 512)) if (n, k) in EVERY_WIDTH else (FEW_BITS, (1, 64, 512))
+        widths, counts = (BITS, (1, 8, 64, 512)) if (n, k) in EVERY_WIDTH else (FEW_BITS, (1, 64, 512))
         products = [
-            *itertools.product(rows, widths, [64]),
+            *itertools.product(counts, widths, [64]),
             *itertools.product((64, 512), widths, [128]),
             *itertools.product([MOST_ROWS], FEW_BITS, [64]),
         ]
@@ -176,7 +176,7 @@ def _problem(quick: bool, n: int, k: int, rows: int) -> _Problem:
 
 
 def _workload(
-    problem: _Problem, providers: list[tuple[str, int, Provider]], goals: list[Faster | OfLimit], limit: str = "int8"
+    problem: _Problem, providers: list[tuple[str, int, Provider]], goals: Sequence[Goal], limit: str = "int8"
 ) -> Workload:
     linear, x, expected = problem.linear, problem.x, problem.expected
     bias = linear.bias.double()

@@ -6,6 +6,7 @@ RaBitQ takes queries of as many bits as ours and is given the random rotation th
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import faiss
@@ -62,13 +63,13 @@ def _search(bits: int, dim: int, query_bits: int, queries: int = 256) -> Callabl
             "fastembed 15-bit queries": (rabitq.encode_queries(q, 15), rabitq.encode(x)),
         }
         providers: dict[str, Callable[[], Any]] = {
-            name: lambda pair=pair: fastembed.scalar_topk(*pair, K) for name, pair in searches.items()
+            name: partial(fastembed.scalar_topk, *pair, K) for name, pair in searches.items()
         }
         indexes = _faiss_indexes(bits, dim, query_bits)
         for index in indexes.values():
             index.train(x[:10_000])
             index.add(x)
-        providers |= {name: lambda index=index: index.search(q, K) for name, index in indexes.items()}
+        providers |= {name: partial(index.search, q, K) for name, index in indexes.items()}
         if turbovec is not None and bits in (2, 4):
             turbo = turbovec.TurboQuantIndex(dim, bits)
             turbo.add(x)
@@ -133,7 +134,7 @@ def _encode(bits: int, dim: int) -> Callable[[Context], Workload]:
             return float(1 - ((whole * decoded).sum(axis=1) / norms).mean())
 
         providers: dict[str, Callable[[], Any]] = {
-            name: lambda quantizer=quantizer: quantizer.encode(x) for name, quantizer in quantizers.items()
+            name: partial(quantizer.encode, x) for name, quantizer in quantizers.items()
         }
         return Workload(
             providers={**providers, "FAISS RaBitQ": add},

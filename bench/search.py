@@ -7,6 +7,7 @@ a cache, and USearch comes closer. FAISS shares a search out by queries, so a si
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import faiss
@@ -14,7 +15,7 @@ import numpy as np
 
 import fastembed
 
-from . import Case, Context, Faster, OfLimit, Rate, Workload, optional_import
+from . import Case, Context, Faster, Goal, OfLimit, Rate, Workload, optional_import
 from .harness.workload import OURS
 
 usearch = optional_import("usearch")
@@ -25,12 +26,12 @@ LARGEST_CACHE = 1 << 26
 # Computed anew to compare results with.
 _VERIFIED_PAIRS = 4_000_000
 
-Goals = Sequence[Faster | OfLimit | Rate]
+Goals = Sequence[Goal]
 
 
 def cases() -> Iterator[Case]:
     """Complete searches, selection of the k best included."""
-    many = [Rate(0.85e9), OfLimit(0.7), Faster("FAISS", 3.5)]
+    many: list[Goal] = [Rate(0.85e9), OfLimit(0.7), Faster("FAISS", 3.5)]
     yield Case("hamming, 1024 bits, 256 queries", _hamming(1024, 256, goals=many))
     yield Case(
         "hamming, 1024 bits, 32 queries",
@@ -167,7 +168,7 @@ def _sdc(bits: int, dim: int, queries: int, *, goals: Goals = ()) -> Callable[[C
             return 1 - found / truth.size
 
         providers: dict[str, Callable[[], Any]] = {OURS: lambda: fastembed.sdc_topk(q, codes, K)}
-        providers |= {name: lambda index=index: index.search(q, K) for name, index in indexes.items()}
+        providers |= {name: partial(index.search, q, K) for name, index in indexes.items()}
         if turbovec is not None:
             turbo = turbovec.TurboQuantIndex(dim, bits)
             turbo.add(x)

@@ -34,7 +34,7 @@ COLOURS = ("#d1495b", "#30638e", "#edae49", "#00798c", "#8d6a9f", "#7f7f7f", "#5
 
 def table(results: Results) -> list[tuple[str, ...]]:
     """One line per measurement; "ours vs it" is how many times faster ours is than the provider of the line."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in results.measurements:
         ours = _ours(results, row)
         lines.append(
@@ -173,7 +173,7 @@ def _plot(path: Path, title: str, results: Results, circumstances: dict[str, str
             positions = [
                 cases.index(row.case) + (index - (len(providers) - 1) / 2) * 0.8 / len(providers) for row in rows
             ]
-            shares = [100 * (row.of_limit if against_limit else _share_of_ours(results, row)) for row in rows]
+            shares = [100 * (_share_of_ours(results, row) if row.of_limit is None else row.of_limit) for row in rows]
             bars = axis.barh(
                 positions, shares, 0.8 / len(providers), label=provider, color=COLOURS[index % len(COLOURS)]
             )

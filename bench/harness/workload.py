@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 OURS = "fastembed"
@@ -57,6 +56,9 @@ class Rate:
     amount: float
 
 
+Goal = Faster | OfLimit | Rate | Reached
+
+
 @dataclass(frozen=True)
 class Workload:
     """One thing to measure.
@@ -80,7 +82,7 @@ class Workload:
     amount: float
     unit: str
     demands: Mapping[str, float] = field(default_factory=dict)
-    goals: Sequence[Faster | OfLimit | Rate | Reached] = ()
+    goals: Sequence[Goal] = ()
     rounds: int = 7
 
     def tolerance_of(self, provider: str) -> float:
@@ -96,7 +98,7 @@ class Case:
     quick: bool = True
 
 
-def optional_import(name: str) -> ModuleType | None:
+def optional_import(name: str) -> Any:
     """The module of an optional peer, or None where it is not installed."""
     try:
         return importlib.import_module(name)

@@ -7,6 +7,8 @@ right answer is a document that nothing was trained on.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import faiss
 import numpy as np
@@ -106,14 +108,18 @@ def _scalar(split: Split) -> Iterator[Method]:
             codes, asked = quantizer.encode(split.documents), quantizer.encode_queries(split.asked)
             yield (
                 *(f"{name}, {bits} bit", codes.nbytes // len(codes)),
-                lambda k, asked=asked, codes=codes: fastembed.scalar_topk(asked, codes, k)[1],
+                partial(_scalar_ids, asked, codes),
             )
+
+
+def _scalar_ids(asked: fastembed.ScalarCodes, codes: fastembed.ScalarCodes, k: int) -> np.ndarray:
+    return fastembed.scalar_topk(asked, codes, k)[1]
 
 
 def _faiss(split: Split) -> Iterator[Method]:
     dim = split.documents.shape[1]
     for bits in (1, 2):
-        quantiser = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT, bits)
+        quantiser: Any = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT, bits)
         quantiser.qb = 8
         # FAISS leaves the rotation that RaBitQ needs to its user.
         index = faiss.IndexPreTransform(faiss.RandomRotationMatrix(dim, dim), quantiser)

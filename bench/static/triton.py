@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from unittest import mock
 
 import torch
@@ -47,20 +48,16 @@ def rows(*families: str, archs: Sequence[int] = ARCHS) -> list[KernelResources]:
 def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(family, variant, a call that launches its kernels) at shapes and alignments as in use."""
     for mode in ("mean", "weightedmean", "max", "cls"):
-        yield "pooling", f"{mode}, bfloat16", lambda mode=mode: pool_exits(mode, torch.bfloat16)
-    yield "pooling", "max with tokens, bfloat16", lambda: pool_exits("max", torch.bfloat16, keep_state=True)
+        yield "pooling", f"{mode}, bfloat16", partial(pool_exits, mode, torch.bfloat16)
+    yield "pooling", "max with tokens, bfloat16", partial(pool_exits, "max", torch.bfloat16, keep_state=True)
     for dtype in (torch.int8, torch.uint8):
         name = f"mean, bfloat16 to {str(dtype).removeprefix('torch.')}"
-        yield "pooling", name, lambda dtype=dtype: pool_exits("mean", torch.bfloat16, out_dtype=dtype)
+        yield "pooling", name, partial(pool_exits, "mean", torch.bfloat16, out_dtype=dtype)
     for mode, packed in (("mean", False), ("max", True)):
         name = f"{mode}, {'packed' if packed else 'padded'}, bfloat16"
-        yield (
-            "pooling_backward",
-            name,
-            lambda mode=mode, packed=packed: pool_exits_backward(mode, torch.bfloat16, packed=packed),
-        )
+        yield "pooling_backward", name, partial(pool_exits_backward, mode, torch.bfloat16, packed=packed)
     for bits, rows in itertools.product((3, 8), (1, 512)):
-        yield "qmatmul", f"{bits} bits, {rows} rows", lambda bits=bits, rows=rows: qlinear(bits, rows)
+        yield "qmatmul", f"{bits} bits, {rows} rows", partial(qlinear, bits, rows)
     for metric, bits, queries, k in (
         ("hamming", 1, 1, 10),
         ("hamming", 1, 64, 100_000),
@@ -68,15 +65,15 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         ("sdc", 8, 64, 1000),
     ):
         name = f"{metric}, {bits} bits, {queries} queries, k {k}"
-        yield "search", name, lambda case=(metric, bits, queries, k): find(*case)
-    yield "search", "hamming, 1 bits, 64 queries, k 10, filtered", lambda: find("hamming", 1, 64, 10, filtered=True)
-    yield "search", "scalar, 8 bits, 64 queries of 15, k 10", lambda: find("scalar", 8, 64, 10, parts=2)
+        yield "search", name, partial(find, metric, bits, queries, k)
+    yield "search", "hamming, 1 bits, 64 queries, k 10, filtered", partial(find, "hamming", 1, 64, 10, filtered=True)
+    yield "search", "scalar, 8 bits, 64 queries of 15, k 10", partial(find, "scalar", 8, 64, 10, parts=2)
     for dtype in (torch.bfloat16, torch.float32):
         variant = str(dtype).removeprefix("torch.")
-        yield "latent", f"folded, {variant}", lambda dtype=dtype: attend_folded(dtype)
-        yield "latent", f"2048 tokens, {variant}", lambda dtype=dtype: gated_means(dtype)
-        yield "latent", f"heads of 4096, {variant}", lambda dtype=dtype: latent_attention(dtype, 2048, 512, 4096)
-        yield "latent", f"learned queries, {variant}", lambda dtype=dtype: latent_attention(dtype, 64, 2048, 64, True)
+        yield "latent", f"folded, {variant}", partial(attend_folded, dtype)
+        yield "latent", f"2048 tokens, {variant}", partial(gated_means, dtype)
+        yield "latent", f"heads of 4096, {variant}", partial(latent_attention, dtype, 2048, 512, 4096)
+        yield "latent", f"learned queries, {variant}", partial(latent_attention, dtype, 64, 2048, 64, True)
 
 
 BATCH, LENGTH, WIDTH = 64, 512, 768

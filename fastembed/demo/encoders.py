@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from tqdm import tqdm
 
-from ..ops.pooling import pool_exits
+from ..encoder import MultiExitEncoder
 
 BATCH = 32
 # Texts that one model encodes before the other takes its turn: a machine's speed drifts, and so hits both alike.
@@ -94,10 +92,19 @@ def encode_in_turns(models: Sequence[SentenceTransformer], documents: list[str],
 def encode_exits(
     model: SentenceTransformer, exits: Sequence[Exit], documents: list[str], queries: list[str]
 ) -> dict[Exit, Encoded]:
-    """Encode the corpus once and pool several exits of each forward pass together."""
+    """Encode the corpus once and pool several exits of each forward pass together.
+
+    Raises:
+        ValueError: the model does more than pool what its transformer gives.
+    """
+    encoder = MultiExitEncoder(model, exits)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        return np.concatenate(list(encoder.encode(texts, batch_size=BATCH).values()), axis=1)
+
     sides = []
     for side, texts in (("documents", documents), ("queries", queries)):
-        (timed,) = _turns([lambda texts: _exits_of(model, exits, texts)], texts, f"{side}, {len(exits)} exits")
+        (timed,) = _turns([encode], texts, f"{side}, {len(exits)} exits")
         sides.append((np.concatenate(timed.pieces), timed.seconds))
     (all_documents, document_seconds), (all_queries, query_seconds) = sides
     ends = np.cumsum([dim for _, dim in exits])
@@ -111,14 +118,10 @@ def encode_exits(
 
 def default_exits(model: SentenceTransformer) -> list[Exit]:
     """A third, two thirds and all of the layers, at a third, two thirds and all of the dims."""
-    config = _transformer(model).config
+    transformer: Any = model[0]
+    config = transformer.auto_model.config
     layers, dim = config.num_hidden_layers, config.hidden_size
     return [(round(layers * part / 3), dim * part // 3) for part in (1, 2, 3)]
-
-
-def _transformer(model: SentenceTransformer) -> Any:
-    """The transformers model inside."""
-    return model[0].auto_model
 
 
 def _turns(encoders: Sequence[Callable[[list[str]], np.ndarray]], texts: list[str], label: str) -> list[_Timed]:
@@ -132,24 +135,3 @@ def _turns(encoders: Sequence[Callable[[list[str]], np.ndarray]], texts: list[st
                 entry.turn(piece)
                 progress.update(len(piece))
     return timed
-
-
-@torch.inference_mode()
-def _exits_of(model: SentenceTransformer, exits: Sequence[Exit], texts: list[str]) -> np.ndarray:
-    """[N, sum of dims]: the pooled prefix of every exit, side by side; batched by length as `encode` does."""
-    transformer = _transformer(model)
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    batches = []
-    for start in range(0, len(texts), BATCH):
-        features = model.preprocess([texts[i] for i in order[start : start + BATCH]])
-        outputs = transformer(
-            input_ids=features["input_ids"], attention_mask=features["attention_mask"], output_hidden_states=True
-        )
-        hidden: Sequence[Tensor] = outputs.hidden_states
-        pooled = pool_exits(
-            [hidden[layer] for layer, _ in exits], features["attention_mask"], dims=[[dim] for _, dim in exits]
-        )
-        batches.append(torch.cat([embedding for exit in pooled for embedding in exit.values()], dim=1).numpy())
-    encoded = np.empty((len(texts), batches[0].shape[1]), dtype=np.float32)
-    encoded[order] = np.concatenate(batches)
-    return encoded

@@ -40,7 +40,11 @@ def run(model_path: str | None, limit: int | None, threads: int | None, output: 
     console.print()
 
     original, ours = encoders.encode_in_turns([model, swapped], documents, queries)
-    exits = encoders.encode_exits(swapped, encoders.default_exits(model), documents, queries)
+    try:
+        exits = encoders.encode_exits(swapped, encoders.default_exits(model), documents, queries)
+    except ValueError as error:
+        console.print(f"no early exits: {error}")
+        exits = {}
 
     rows = [
         _row("unmodified", "float", original, searches.float_search(original.documents, original.queries)),

@@ -155,15 +155,15 @@ def hits(results: list[list[dict[str, Any]]]) -> list[list[tuple[Any, Any]]]:
 def test_semantic_search_takes_an_index() -> None:
     index = BinaryIndex(DIM, rescore="float32")
     index.add(VECTORS)
-    expected = hits(semantic_search(QUERIES, VECTORS, 6, rescore_multiplier=400))
+    expected = hits(semantic_search(QUERIES, VECTORS, top_k=6, rescore_multiplier=400))
     for queries in (QUERIES, torch.from_numpy(QUERIES).requires_grad_()):
-        ours = hits(semantic_search(queries, index, 6, rescore_multiplier=400))
+        ours = hits(semantic_search(queries, index, top_k=6, rescore_multiplier=400))
         assert [[hit[0] for hit in row] for row in ours] == [[hit[0] for hit in row] for row in expected]
         np.testing.assert_allclose(ours, expected, atol=1e-6)
-    assert hits(semantic_search(QUERIES[0], index, 3)) == hits(semantic_search(QUERIES[:1], index, 3))
-    assert len(semantic_search(QUERIES, index, 10_000)[0]) == 400
+    assert hits(semantic_search(QUERIES[0], index, top_k=3)) == hits(semantic_search(QUERIES[:1], index, top_k=3))
+    assert len(semantic_search(QUERIES, index, top_k=10_000)[0]) == 400
     with pytest.raises(ValueError, match="top_k must be at least 1"):
-        semantic_search(QUERIES, index, 0)
+        semantic_search(QUERIES, index, top_k=0)
     assert semantic_search(QUERIES, BinaryIndex(DIM)) == [[]] * len(QUERIES)
 
 
@@ -172,14 +172,14 @@ def test_semantic_search_without_vectors_scores_by_codes() -> None:
     for index in (flat_index, sdc):
         index.add(VECTORS)
     signs, query_signs = np.sign(VECTORS), np.sign(QUERIES)
-    for row, found in enumerate(hits(semantic_search(QUERIES, flat_index, 5))):
+    for row, found in enumerate(hits(semantic_search(QUERIES, flat_index, top_k=5))):
         for number, score in found:
             np.testing.assert_allclose(score, query_signs[row] @ signs[number] / DIM, rtol=1e-6)
     cosines = QUERIES @ VECTORS.T / np.linalg.norm(QUERIES, axis=1)[:, None] / np.linalg.norm(VECTORS, axis=1)
-    for row, found in enumerate(hits(semantic_search(QUERIES, sdc, 5))):
+    for row, found in enumerate(hits(semantic_search(QUERIES, sdc, top_k=5))):
         for number, score in found:
             assert abs(score - cosines[row, number]) < 0.06
-    few = semantic_search(QUERIES, lists, 390)
+    few = semantic_search(QUERIES, lists, top_k=390)
     assert all(0 < len(row) < 390 for row in few), "what no probed list holds is no hit"
 
 

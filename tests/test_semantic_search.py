@@ -12,6 +12,10 @@ CORPUS = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
 QUERIES = CORPUS[:20] + 0.3 * torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
 
 
+def dot_score(queries: Any, corpus: Any) -> Any:
+    raise AssertionError("known by its name, never called")
+
+
 @pytest.mark.parametrize("k", [1, 5, 500, 900])
 @pytest.mark.parametrize("bits", [1, 2])
 def test_results_are_those_of_sentence_transformers(k: int, bits: int) -> None:
@@ -19,8 +23,8 @@ def test_results_are_those_of_sentence_transformers(k: int, bits: int) -> None:
     expected = util.semantic_search(QUERIES, CORPUS, top_k=k)
     # Enough candidates to be exact.
     for ours in (
-        semantic_search(QUERIES, CORPUS, k, bits=bits, rescore_multiplier=500),
-        semantic_search(QUERIES.numpy(), CORPUS.numpy(), top_k=k, bits=bits, rescore_multiplier=500),
+        semantic_search(QUERIES, CORPUS, 7, 100, k, util.cos_sim, bits=bits, rescore_multiplier=500),
+        semantic_search(list(QUERIES.numpy()), CORPUS.numpy(), top_k=k, bits=bits, rescore_multiplier=500),
     ):
         assert [[hit["corpus_id"] for hit in hits] for hits in ours] == [
             [hit["corpus_id"] for hit in hits] for hits in expected
@@ -33,8 +37,8 @@ def test_results_are_those_of_sentence_transformers(k: int, bits: int) -> None:
 
 
 def test_few_candidates_find_nearly_all_and_score_exactly() -> None:
-    everything = semantic_search(QUERIES, CORPUS, 500, rescore_multiplier=500)
-    found = semantic_search(QUERIES, CORPUS, 5)
+    everything = semantic_search(QUERIES, CORPUS, top_k=500, rescore_multiplier=500)
+    found = semantic_search(QUERIES, CORPUS, top_k=5)
     for hits, scored in zip(found, everything, strict=True):
         exact = {hit["corpus_id"]: hit["score"] for hit in scored}
         assert all(hit["score"] == exact[hit["corpus_id"]] for hit in hits)
@@ -42,16 +46,25 @@ def test_few_candidates_find_nearly_all_and_score_exactly() -> None:
 
 
 def test_one_query_no_corpus_and_no_queries() -> None:
-    assert semantic_search(QUERIES[0], CORPUS, 3) == semantic_search(QUERIES[:1], CORPUS, 3)
+    one = semantic_search(QUERIES[:1], CORPUS, top_k=3)
+    for query in (QUERIES[0], [QUERIES[0]], QUERIES[0].tolist(), QUERIES[0].numpy()):
+        assert semantic_search(query, list(CORPUS), top_k=3) == one
     assert semantic_search(QUERIES, CORPUS[:0]) == [[]] * 20
     assert semantic_search(QUERIES[:0], CORPUS) == []
+
+
+def test_dot_products_of_unit_vectors_are_cosines() -> None:
+    unit, corpus = torch.nn.functional.normalize(QUERIES), torch.nn.functional.normalize(CORPUS)
+    assert semantic_search(unit, corpus, score_function=dot_score) == semantic_search(unit, corpus)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query_embeddings": QUERIES[:, 1:]}, ValueError, "query_embeddings must have the 64 dims of the corpus, got 63"),
     ({"query_embeddings": QUERIES * torch.nan}, ValueError, "query_embeddings must be finite"),
     ({"corpus_embeddings": CORPUS / 0}, ValueError, "corpus_embeddings must be finite"),
-    ({"corpus_embeddings": CORPUS.numpy()}, TypeError, "must be all NumPy arrays or all tensors"),
+    ({"query_embeddings": "text"}, TypeError, "query_embeddings must be a NumPy array or a tensor, got str"),
+    ({"score_function": "dot"}, ValueError, "score_function must be util.cos_sim or util.dot_score, got 'dot'"),
+    ({"score_function": dot_score}, ValueError, "must be util.cos_sim unless all embeddings have unit length"),
     ({"corpus_embeddings": CORPUS.int()}, TypeError, "corpus_embeddings must be"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     ({"bits": 9}, ValueError, "bits must be between 1 and 8"),

@@ -147,7 +147,7 @@ void search_planes(const SdcMatrix& queries, const SdcMatrix& codes, const Selec
 // sums are to fit 16 bits.
 bool pays_to_look_up(const Lookups& lookups, const SdcMatrix& queries, const SdcMatrix& codes,
                      const Selection& selection, int64_t groups) {
-  constexpr int64_t fewest_queries = 16, fewest_codes = 1024;
+  constexpr int64_t fewest_queries = 64, fewest_codes = 2048;
   return queries.codes.rows >= fewest_queries && !selection.has_ranges() &&
          (selection.has_ids() ? selection.id_count : codes.codes.rows) >= fewest_codes &&
          groups * lookups.index_bits * 9 <= std::numeric_limits<uint16_t>::max();

@@ -6,6 +6,7 @@
 #include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/search.hpp"
+#include "search/sum_of_squares.hpp"
 
 namespace fastembed::search {
 namespace {
@@ -44,12 +45,7 @@ constexpr double optimal_step[] = {0.0, 0.0, 0.9957, 0.5860, 0.3352, 0.1881, 0.1
 
 // Returns false, having written nothing, when x holds a NaN or an infinity.
 bool encode_row(const float* x, int64_t dim, int bits, uint8_t* code, float* inverse_norm) {
-  // Eight running sums, so that the order of the additions is the same on every machine.
-  double sums[8] = {};
-  for (int64_t d = 0; d < dim; d += 8) {
-    for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) sums[j] += static_cast<double>(x[d + j]) * x[d + j];
-  }
-  const double total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  const double total = sum_of_squares(x, dim);
   if (!std::isfinite(total)) return false;
 
   const double step = optimal_step[bits] * std::sqrt(total / static_cast<double>(dim));

@@ -8,6 +8,7 @@
 #include "common/half.hpp"
 #include "common/threading.hpp"
 #include "search/project.hpp"
+#include "search/sum_of_squares.hpp"
 
 namespace fastembed::search {
 namespace {
@@ -23,16 +24,8 @@ void unit_row(const void* x, DType dtype, int64_t row, int64_t dim, float* unit)
   } else {
     for (int64_t d = 0; d < dim; ++d) unit[d] = load_scalar(x, dtype, row * dim + d);
   }
-  // Eight running sums, so that the order of the additions is the same on every machine.
-  double sums[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= dim; d += 8) {
-    for (int64_t j = 0; j < 8; ++j) sums[j] += static_cast<double>(unit[d + j]) * unit[d + j];
-  }
-  for (; d < dim; ++d) sums[d % 8] += static_cast<double>(unit[d]) * unit[d];
-  const double total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-  const auto factor = static_cast<float>(1 / std::max(std::sqrt(total), smallest_norm));
-  for (d = 0; d < dim; ++d) unit[d] *= factor;
+  const auto factor = static_cast<float>(1 / std::max(std::sqrt(sum_of_squares(unit, dim)), smallest_norm));
+  for (int64_t d = 0; d < dim; ++d) unit[d] *= factor;
 }
 
 }  // namespace

@@ -13,8 +13,6 @@ from ._registry import Op
 
 __all__ = ["relative_representations"]
 
-# As csrc/common/dtype.hpp numbers them.
-
 
 def _cpu(x: Tensor, anchors: Tensor) -> Tensor:
     cosines = _fake(x, anchors)

@@ -322,11 +322,15 @@ def _build_skeleton(settings: Mapping[str, Any], folder: Path) -> nn.Module:
             raise ValueError(f"model must be given: transformers has no class {settings['class']}")
         with torch.device("meta"):
             return architecture(transformers.AutoConfig.from_pretrained(folder))
-    from sentence_transformers import SentenceTransformer
+    import sentence_transformers
     from sentence_transformers.base.modules.module import Module
 
+    # A CrossEncoder or SparseEncoder; a user's own class is built as what it extends.
+    build: Any = getattr(sentence_transformers, settings["class"], None)
+    if not (isinstance(build, type) and issubclass(build, nn.Sequential)):
+        build = sentence_transformers.SentenceTransformer
     with _without_weights(transformers.PreTrainedModel, Module):
-        return SentenceTransformer(str(folder), device="meta", local_files_only=True)
+        return build(str(folder), device="meta", local_files_only=True)
 
 
 @contextmanager

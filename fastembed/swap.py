@@ -130,7 +130,8 @@ def quantize(
             `fastembed.QuantConfig` takes them.
         quantizer: as there; None: "gptq" where `calibration` is given, else "mse".
         calibration: what the model is run on where it has to be (importance "measured" and "lim", quantizer "gptq"): a
-            list of texts, or of batches that the model takes (dicts, tuples or tensors). None: 64 texts of the Python
+            list of texts (pairs of them for a cross-encoder), or of batches that the model takes (dicts, tuples or
+            tensors). None: 64 texts of the Python
             standard library, for models that can tokenise.
         tokenizer: a transformers tokenizer, for texts where the model is no SentenceTransformer.
         keep_originals: keep the replaced modules for `unswap`.

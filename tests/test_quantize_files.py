@@ -3,6 +3,7 @@
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 
@@ -44,6 +45,17 @@ def test_sentence_transformers_come_back(tmp_path: Path, settings: dict[str, Any
     with pytest.raises(ValueError, match="save_quantized"):
         loaded.save_pretrained(str(tmp_path / "other"))
     fastembed.save_quantized(loaded, tmp_path / "again")
+
+
+def test_cross_encoders_are_calibrated_with_pairs_and_come_back(tmp_path: Path) -> None:
+    tiny_models.sentence_transformer(tmp_path).save(str(tmp_path / "encoder"))
+    model = CrossEncoder(str(tmp_path / "encoder"), num_labels=1, device="cpu")
+    pairs = list(pairwise(tiny_models.texts()))
+    quantized(model, avg_bits=5, calibration=pairs)
+    fastembed.save_quantized(model, tmp_path / "quantised")
+    loaded = fastembed.load_quantized(tmp_path / "quantised")
+    assert type(loaded) is CrossEncoder
+    assert (loaded.predict(pairs) == model.predict(pairs)).all()
 
 
 @pytest.mark.parametrize("architecture", tiny_models.CONFIGS)

@@ -31,8 +31,8 @@ class Tokenizer:
         # Tokenizers without a limit say so with a number beyond any text.
         self.max_length = max_length if max_length is not None or limit is None or limit > 1 << 30 else limit
 
-    def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """What the tokenizer makes of each text, without padding."""
+    def __call__(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the tokenizer makes of each text or pair of texts, without padding."""
         encoded = self.tokenizer(list(texts), truncation=self.max_length is not None, max_length=self.max_length)
         return [{name: values[row] for name, values in encoded.items()} for row in range(len(texts))]
 

@@ -74,8 +74,8 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
 
     Args:
         model: what will be run.
-        data: texts, or batches that the model takes: dicts, tuples or tensors. None: texts of the Python standard
-            library that runs this, if the model can tokenise them.
+        data: texts, or pairs of texts for a cross-encoder; or batches that the model takes: dicts, tuples or tensors.
+            None: texts of the Python standard library that runs this, if the model can tokenise them.
         tokenizer: a transformers tokenizer, for texts where the model has none of its own.
 
     Raises:
@@ -91,7 +91,7 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
     data = list(data)
     if not data:
         raise ValueError("calibration must have at least one text or batch, got none")
-    if all(isinstance(item, str) for item in data):
+    if all(_is_text(item) for item in data):
         return Calibration(model, list(_tokenised(model, data, tokenizer)))
     for number, item in enumerate(data):
         if not isinstance(item, Mapping | tuple | list | Tensor):
@@ -132,10 +132,20 @@ def hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[No
             handle.remove()
 
 
-def _tokenised(model: nn.Module, texts: Sequence[str], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+def _is_text(item: Any) -> bool:
+    """Whether an item is a text or a pair of texts."""
+    is_pair = isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(text, str) for text in item)
+    return isinstance(item, str) or is_pair
+
+
+def _length(item: str | Sequence[str]) -> int:
+    return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
+def _tokenised(model: nn.Module, texts: Sequence[str | Sequence[str]], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
     """Batches of texts of about one length, longest first."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ordered = sorted(texts, key=len, reverse=True)
+    ordered = sorted(texts, key=_length, reverse=True)
     if not _is_sentence_transformer(model) and tokenizer is None:
         raise ValueError(
             "calibration with texts needs tokenizer=... where the model is no SentenceTransformer, got None"

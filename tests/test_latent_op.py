@@ -148,6 +148,8 @@ def test_backward_is_refused() -> None:
         ({"value_weight": torch.zeros(20, 13)}, ValueError, r"value_weight must be torch.float32 \[20, 12\], got"),
         ({"score_weight": torch.zeros(12, 20).half()}, TypeError, "score_weight must be float32 or bfloat16"),
         ({"score_bias": torch.zeros(12).bfloat16()}, ValueError, "score_bias must be one-dimensional torch.float32"),
+        ({"score_bias": torch.zeros(12, device="meta")}, ValueError, "score_bias must be on cpu, where x is, got meta"),
+        ({"cu_seqlens": torch.zeros(3, device="meta", dtype=torch.int64)}, ValueError, "cu_seqlens must be on cpu"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

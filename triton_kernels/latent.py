@@ -43,6 +43,8 @@ FORWARD_FLOAT32 = Blocks(32, 64, 16, 8, 2)
 FOLDED = Blocks(32, 512, 32, 8, 3)
 BACKWARD = Blocks(64, 128, 32, 8, 3)
 BACKWARD_FLOAT32 = Blocks(32, 64, 16, 8, 1)
+# Compute capabilities whose blocks have 99 KB of shared memory: one stage less of FOLDED.
+LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 # Hidden features that are gated and averaged together, and their tokens at a time.
 GATED_FEATURES = 64
 GATED_TOKENS = 32
@@ -141,7 +143,10 @@ def attend_folded(normalized: Tensor, score_weight: Tensor, score_bias: Tensor, 
     """
     heads, latents, _ = score_weight.shape
     tokens, dim = len(normalized), values.shape[2]
-    blocks = _blocks(FOLDED if normalized.element_size() == 2 else FORWARD_FLOAT32, tokens, latents)
+    config = FOLDED if normalized.element_size() == 2 else FORWARD_FLOAT32
+    if normalized.is_cuda and torch.cuda.get_device_capability(normalized.device) in LITTLE_SHARED_MEMORY:
+        config = config._replace(num_stages=2)
+    blocks = _blocks(config, tokens, latents)
     # A program may go through its heads one after the other where each is a single block.
     each = heads_each(tokens, heads, blocks.rows) if latents <= blocks.columns else 1
     groups = triton.cdiv(heads, each)

@@ -85,6 +85,7 @@ void bind_latent_cuda(py::module_& m) {
   m.def("latent_gated_means", &gated_means, "What is left of its feed-forward, likewise.");
   m.attr("latent_rows_16_bit") = latent::cuda::rows_16_bit;
   m.attr("latent_rows_float32") = latent::cuda::rows_float32;
-  m.attr("latent_forward_columns") = latent::cuda::forward_columns;
+  m.def("latent_forward_columns", &latent::cuda::forward_columns,
+        "Keys whose sums are made in one go on the current device.");
   m.attr("latent_backward_columns") = latent::cuda::backward_columns;
 }

@@ -12,16 +12,17 @@ namespace fastembed::latent::cuda {
 namespace {
 
 // Each time keys are gone through, that many blocks of them keep their weights, so that the sums of all are made before
-// they are written.
+// they are written. A block has many columns, or few where a device has little shared memory.
 constexpr int forward_parts = 2;
-constexpr int part_columns = forward_columns / forward_parts;
+constexpr int many_columns = 256;
+constexpr int few_columns = 128;
 
 // Grid: blocks of queries, groups of heads, batch.
-template <class T>
+template <class T, int columns>
 __global__ void __launch_bounds__(threads, 1)
     attend_rows(const __grid_constant__ Attention attention, void* out, DType out_dtype, float* lse) {
   using Cut = cuda::Cut<T>;
-  constexpr int columns = part_columns;
+  constexpr int all_columns = forward_parts * columns;
   constexpr int operands = columns / Cut::column_warps / 8;
   extern __shared__ __align__(16) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<T, columns, forward_parts>*>(memory);
@@ -40,8 +41,8 @@ __global__ void __launch_bounds__(threads, 1)
     float largest[2] = {-INFINITY, -INFINITY};
     float total[2] = {};
 #pragma unroll 1
-    for (int64_t block = span.begin; block < span.end; block += forward_columns) {
-      mark_inside(shared.column_inside, forward_columns, block, span.end, attention.keep);
+    for (int64_t block = span.begin; block < span.end; block += all_columns) {
+      mark_inside(shared.column_inside, all_columns, block, span.end, attention.keep);
       __syncthreads();
       const Rows<T> key = rows_of<T>(attention.key, head, block, attention.features, shared.column_inside);
       const float before[2] = {largest[0], largest[1]};
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(threads, 1)
         for (int r = 0; r < 2; ++r) total[r] += sum[r];
       }
       // The last block divides by the sum; what other heads left is whole already.
-      const bool is_last = block + forward_columns >= span.end;
+      const bool is_last = block + all_columns >= span.end;
       float carried[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -205,8 +206,10 @@ __global__ void __launch_bounds__(threads, 1)
   }
 }
 
-// What a block may have on every architecture compiled for (163 KB on sm_80), less what the reductions have.
+// Shared memory that a block may have on sm_80, and the least on what its code runs on (8.6), less what the reductions
+// have.
 constexpr int most_shared = 162 * 1024;
+constexpr int least_shared = 98 * 1024;
 
 void allow_shared(const void* kernel, int bytes) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
@@ -242,22 +245,34 @@ void with_type(DType dtype, Function function) {
   }
 }
 
-template <class T>
+template <class T, int columns>
 void attend_as(const Attention& attention, void* out, DType out_dtype, float* lse, cudaStream_t stream) {
-  constexpr int bytes = sizeof(Shared<T, part_columns, forward_parts>);
-  static_assert(bytes <= most_shared);
-  allow_shared(reinterpret_cast<const void*>(&attend_rows<T>), bytes);
+  constexpr int bytes = sizeof(Shared<T, columns, forward_parts>);
+  static_assert(bytes <= (columns == few_columns ? least_shared : most_shared));
+  allow_shared(reinterpret_cast<const void*>(&attend_rows<T, columns>), bytes);
   const int64_t groups = (attention.heads + attention.heads_each - 1) / attention.heads_each;
   const dim3 grid = grid_of<T>(attention, attention.queries, groups);
-  attend_rows<T><<<grid, threads, bytes, stream>>>(attention, out, out_dtype, lse);
+  attend_rows<T, columns><<<grid, threads, bytes, stream>>>(attention, out, out_dtype, lse);
   fastembed::cuda::check_launch("attend_rows");
+}
+
+void attend_as(const Attention& attention, void* out, DType out_dtype, float* lse, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  with_type(attention.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (forward_columns() == forward_parts * many_columns) {
+      attend_as<T, many_columns>(attention, out, out_dtype, lse, stream);
+    } else {
+      attend_as<T, few_columns>(attention, out, out_dtype, lse, stream);
+    }
+  });
 }
 
 template <class T, bool by_key>
 void gradients_as(const Attention& attention, const Side& row_side, const Side& column_side, const float* lse,
                   const float* deltas, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared < T, backward_columns, by_key ? 2 : 1 >);
-  static_assert(bytes <= most_shared);
+  static_assert(bytes <= least_shared);
   allow_shared(reinterpret_cast<const void*>(&gradients<T, by_key>), bytes);
   const dim3 grid = grid_of<T>(attention, row_side.count, attention.heads);
   const DType out_dtype = result_dtype(attention, column_side.count, backward_columns);
@@ -267,17 +282,22 @@ void gradients_as(const Attention& attention, const Side& row_side, const Side& 
 
 }  // namespace
 
+int forward_columns() {
+  int device = 0;
+  int bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    fastembed::cuda::check_launch("latent_attention");
+  }
+  return forward_parts * (bytes >= most_shared ? many_columns : few_columns);
+}
+
 void attend(const Attention& attention, void* out, float* lse, void* stream) {
-  const DType out_dtype = result_dtype(attention, attention.keys, forward_columns);
-  with_type(attention.dtype, [&](auto type) {
-    attend_as<decltype(type)>(attention, out, out_dtype, lse, static_cast<cudaStream_t>(stream));
-  });
+  attend_as(attention, out, result_dtype(attention, attention.keys, forward_columns()), lse, stream);
 }
 
 void attend_folded(const Attention& attention, float* out, void* stream) {
-  with_type(attention.dtype, [&](auto type) {
-    attend_as<decltype(type)>(attention, out, DType::f32, nullptr, static_cast<cudaStream_t>(stream));
-  });
+  attend_as(attention, out, DType::f32, nullptr, stream);
 }
 
 void attend_backward(const Attention& attention, const Matrices& grad, const float* lse, const float* deltas,

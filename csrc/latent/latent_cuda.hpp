@@ -38,12 +38,13 @@ struct Attention {
   Keep keep;
   float scale;
   const float* bias;   // [heads, keys]; null for none
-  int64_t heads_each;  // more than one only with at most `forward_columns` keys, all of them kept
+  int64_t heads_each;  // more than one only with at most forward_columns() keys, all of them kept
 };
 
 // The most keys (queries, for the gradients of keys and values) whose sums are made in one go: then results are written
-// in the dtype of the attention, otherwise in float32.
-constexpr int forward_columns = 512;
+// in the dtype of the attention, otherwise in float32. Forward 512, or 256 on the device that is current if its blocks
+// have too little shared memory for more (compute capability 8.6, 8.9, 12).
+int forward_columns();
 constexpr int backward_columns = 128;
 // Queries that a block has, in 16 bits and in float32.
 constexpr int rows_16_bit = 64;

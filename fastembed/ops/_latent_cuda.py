@@ -16,12 +16,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, sc
     """The contract of `fastembed.reference.latent.attention`."""
     cuda = _module()
     keys, value_features = value.shape[2:]
-    dtype = query.dtype if keys <= cuda.latent_forward_columns else torch.float32
-    out = query.new_zeros(*query.shape[:3], value_features, dtype=dtype)
-    lse = query.new_full(query.shape[:3], math.inf, dtype=torch.float32)
-    if lse.numel() > 0 and keys > 0:
-        query, key, value = map(_aligned, (query, key, value))
-        with current_stream(query.device) as stream:
+    with current_stream(query.device) as stream:
+        dtype = query.dtype if keys <= cuda.latent_forward_columns() else torch.float32
+        out = query.new_zeros(*query.shape[:3], value_features, dtype=dtype)
+        lse = query.new_full(query.shape[:3], math.inf, dtype=torch.float32)
+        if lse.numel() > 0 and keys > 0:
+            query, key, value = map(_aligned, (query, key, value))
             arguments = _arguments(query, key, value, keep, scale)
             cuda.latent_attention(*arguments, out.data_ptr(), lse.data_ptr(), stream)
     return out.to(query.dtype), lse
@@ -71,13 +71,13 @@ def attend_folded(normalized: Tensor, score_weight: Tensor, score_bias: Tensor, 
     heads, latents, dim = values.shape
     tokens = len(normalized)
     rows = cuda.latent_rows_float32 if normalized.dtype == torch.float32 else cuda.latent_rows_16_bit
-    each = heads_each(tokens, heads, rows) if latents <= cuda.latent_forward_columns else 1
-    sums = normalized.new_empty(-(-heads // each), tokens, dim, dtype=torch.float32)
-    if sums.numel() > 0:
-        query = _aligned(normalized[None, None]).expand(1, heads, -1, -1)
-        key, value = _aligned(score_weight[None]), _aligned(values[None])
-        bias = score_bias.contiguous()
-        with current_stream(normalized.device) as stream:
+    with current_stream(normalized.device) as stream:
+        each = heads_each(tokens, heads, rows) if latents <= cuda.latent_forward_columns() else 1
+        sums = normalized.new_empty(-(-heads // each), tokens, dim, dtype=torch.float32)
+        if sums.numel() > 0:
+            query = _aligned(normalized[None, None]).expand(1, heads, -1, -1)
+            key, value = _aligned(score_weight[None]), _aligned(values[None])
+            bias = score_bias.contiguous()
             arguments = _arguments(query, key, value, None, 1.0)
             cuda.latent_attend_folded(*arguments, bias.data_ptr(), each, sums.data_ptr(), stream)
     return sums.sum(dim=0) if len(sums) > 1 else sums[0]

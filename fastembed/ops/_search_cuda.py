@@ -15,6 +15,8 @@ _NO_ID = -1
 _NO_BIT_PRODUCTS = (10, 0)
 # Of the codes of `sdc_topk`.
 MOST_BITS = 4
+# Bytes that a launch may have to work in; where queries need more, they take several.
+WORKSPACE = 1 << 29
 
 
 def hamming_topk(
@@ -92,20 +94,32 @@ def _find(
     ranges = None if ranges is None else ranges.contiguous()
     cuda = _native.cuda
     assert cuda is not None, "the backend is chosen only where it is available"
-    sizes = (len(queries), len(codes), k)
-    keys = queries.new_empty((len(queries), cuda.search_slices(*sizes) * k), dtype=torch.int32)
-    found = torch.empty_like(keys)
-    with current_stream(queries.device) as stream:
-        workspace = queries.new_empty(cuda.search_workspace(*sizes))
+
+    def launch(rows: slice, stream: int) -> tuple[Tensor, Tensor]:
+        some = queries[rows]
+        norms_of_some = None if query_norms is None else query_norms[rows]
+        ranges_of_some = (0, -1) if ranges is None else (ranges[rows].data_ptr(), ranges.shape[1])
+        sizes = (len(some), len(codes), k)
+        keys = some.new_empty((len(some), cuda.search_slices(*sizes) * k), dtype=torch.int32)
+        found = torch.empty_like(keys)
+        workspace = some.new_empty(cuda.search_workspace(*sizes))
         cuda.find_candidates(
-            _tuple(queries, query_norms),
+            _tuple(some, norms_of_some),
             _tuple(codes, norms),
-            *(bits, plane_bytes, dim, _has_bit_products(queries.device)),
+            *(bits, plane_bytes, dim, _has_bit_products(some.device)),
             0 if listed is None else listed.data_ptr(),
-            *((0, -1) if ranges is None else (ranges.data_ptr(), ranges.shape[1])),
+            *ranges_of_some,
             *(k, keys.data_ptr(), found.data_ptr(), workspace.data_ptr(), stream),
         )
-    return best_of(keys, found, k)
+        return best_of(keys, found, k)
+
+    at_once = max(1, len(queries))
+    while at_once > 1 and cuda.search_workspace(at_once, len(codes), k) > WORKSPACE:
+        at_once = (at_once + 1) // 2
+    with current_stream(queries.device) as stream:
+        parts = [launch(slice(first, first + at_once), stream) for first in range(0, max(1, len(queries)), at_once)]
+    keys, found = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
+    return keys, found
 
 
 def byte_rows(codes: Tensor) -> Tensor:

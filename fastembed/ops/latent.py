@@ -196,8 +196,16 @@ def _check(
                 shape = (panels, -(-features // 2), reference.PANEL, 2)
         if weight.dtype != dtype or weight.shape != shape:
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {weight.dtype} {list(weight.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"{name} must be on {x.device}, where x is, got {weight.device}")
+    for name, tensor in (
+        ("cu_seqlens", cu_seqlens),
+        ("score_weight", score_weight),
+        ("score_bias", score_bias),
+        ("value_weight", value_weight),
+        ("hidden_weight", hidden_weight),
+        ("hidden_bias", hidden_bias),
+    ):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, where x is, got {tensor.device}")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     for name, bias in (("score_bias", score_bias), ("hidden_bias", hidden_bias)):
         if bias.dtype != accumulate or bias.dim() != 1:

@@ -132,7 +132,13 @@ def rescore(queries: Tensor, documents: Tensor, candidate_ids: Tensor, k: int) -
     checks.check_candidates(candidate_ids, len(documents))
     # Candidates in the order of their ids, so that a stable sort by score leaves ties to the smaller id.
     candidate_ids = candidate_ids.sort(dim=1).values
-    scores = torch.einsum("qd,qcd->qc", queries.float(), documents[candidate_ids].float())
+    chunk = max(1, CHUNK_ELEMENTS // max(1, candidate_ids.shape[1] * documents.shape[1]))
+    scores = torch.cat(
+        [
+            torch.einsum("qd,qcd->qc", some.float(), documents[ids].float())
+            for some, ids in zip(queries.split(chunk), candidate_ids.split(chunk), strict=True)
+        ]
+    )
     is_nan = scores.isnan()
     order = scores.masked_fill(is_nan, float("-inf")).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, is_nan.gather(1, order).int().argsort(dim=1, stable=True))[:, :k]

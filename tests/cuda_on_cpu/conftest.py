@@ -48,3 +48,9 @@ def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """When asynchronous copies happen: once they are waited for, or at once."""
     monkeypatch.setenv("CUDA_ON_CPU_COPIES", request.param)
     return request.param
+
+
+@pytest.fixture
+def small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block, as on devices of compute capability 8.6, 8.9 and 12."""
+    monkeypatch.setenv("CUDA_ON_CPU_SHARED", str(99 * 1024))

@@ -41,6 +41,15 @@ def test_more_keys_than_are_gone_through_at_a_time(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [140, 300])
+def test_with_little_shared_memory(
+    small_shared_memory: None, keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_as_good_as_pytorch(make_case(1, 2, keys, 8, 8, False, dtype=dtype))
+    assert_folded_heads_are_added(_latent_cuda.attend_folded, 2, keys, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_any_order(thread_order: str, copies: str, dtype: torch.dtype) -> None:
     """Two chunks of features, and one."""
     assert_as_good_as_pytorch(make_case(1, 3, 20, 72, 40, False, dtype))
@@ -71,14 +80,14 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
     assert all(torch.equal(one[0], all_of_them[1]) for one, all_of_them in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sanitized(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.float32, 32), (torch.bfloat16, 64)])
+def test_sanitized(small_shared_memory: None, dtype: torch.dtype, chunk: int) -> None:
     """Small, for the runs under sanitizers: two chunks of features, tails of everything, and rows nobody keeps."""
-    assert_as_good_as_pytorch(make_case(2, 3, 9, 70, 67, True, dtype))
+    assert_as_good_as_pytorch(make_case(2, 3, 9, chunk + 6, chunk + 3, True, dtype))
 
 
-def test_two_blocks_of_weights_sanitized() -> None:
-    assert_as_good_as_pytorch(make_case(1, 2, 300, 8, 8, False, torch.bfloat16))
+def test_two_blocks_of_weights_sanitized(small_shared_memory: None) -> None:
+    assert_as_good_as_pytorch(make_case(1, 2, 140, 8, 8, False, torch.bfloat16))
 
 
 def test_strides_and_alignments() -> None:
@@ -165,7 +174,7 @@ def test_the_folded_module() -> None:
     assert all(map(torch.equal, latent_pool(**inputs), expected))
 
 
-def test_folded_sanitized() -> None:
+def test_folded_sanitized(small_shared_memory: None) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = folded_block([2, 0, 1], dim=37, latents=5, dtype=dtype)
         assert all(result.isfinite().all() for result in latent_pool(**inputs))

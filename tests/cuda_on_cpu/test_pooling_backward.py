@@ -53,8 +53,9 @@ def test_padded(mode: str, dtype: torch.dtype) -> None:
         check(Call([hidden[..., :size]], {"attention_mask": mask, "mode": mode, "dims": [200, 7, 261]}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", ["max", "lasttoken", "weightedmean"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("max", torch.float32), ("lasttoken", torch.float16), ("weightedmean", torch.float16)]
+)
 def test_sanitized(mode: str, dtype: torch.dtype) -> None:
     """Small, for the runs under sanitizers."""
     mask = mask_with_holes(2, CHUNK + 5)

@@ -57,6 +57,11 @@ def test_integers_are_exact(bits: int, rows: int, group_size: int) -> None:
     check_integers(bits, rows, group_size)
 
 
+@pytest.mark.parametrize("rows", [FEW, FEW + 8])
+def test_with_little_shared_memory(small_shared_memory: None, rows: int) -> None:
+    check_integers(8, rows, 48)
+
+
 @pytest.mark.parametrize("bits", [1, 6])
 @pytest.mark.parametrize("rows", [1, FEW + 8])
 def test_integers_are_exact_in_any_order(thread_order: str, copies: str, bits: int, rows: int) -> None:

@@ -71,6 +71,13 @@ def test_slices_and_ties_in_any_order(thread_order: str, k: int) -> None:
         check(lambda order=order: hamming_topk(q, c[order], k))
 
 
+def test_several_launches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_search_cuda, "WORKSPACE", 2 << 12)
+    q, c = encoded(5, 100, 0, 2), encoded(300, 100, 1, 2)
+    ends = torch.randint(0, len(c), (5, 2, 2), generator=torch.Generator().manual_seed(0)).sort(dim=-1)[0]
+    check(lambda: sdc_topk(q, c, 7, ranges=ends))
+
+
 def test_rows_are_read_in_place() -> None:
     c, q = packed(300, 1024, 0), packed(3, 512, 1)
     for some in (c[:, :64], c[::3, 32:96], c[:, 1:65], c[:, :64].T.contiguous().T):

@@ -5,6 +5,7 @@
 //   CUDA_ON_CPU_ORDER   asc (default), desc or random: order of blocks, and of the threads in a block
 //   CUDA_ON_CPU_SEED    seed of the random order
 //   CUDA_ON_CPU_COPIES  late (default): cp.async copies when it is waited for; eager: at once
+//   CUDA_ON_CPU_SHARED  bytes of dynamic shared memory that a block may have; by default those of sm_90
 //
 // What the CUDA programming guide calls undefined is reported as a launch error that names the source line: threads of
 // a block at different barriers, a barrier that threads have left the kernel without reaching, warp operations whose
@@ -41,6 +42,8 @@ extern const ThreadView* current_thread;
 extern LaunchView current_launch;
 
 inline unsigned lane() { return current_thread->linear_index % 32; }
+
+size_t most_shared_bytes();
 
 // Runs the grid; `body` calls the kernel with its arguments. Errors are kept for cudaGetLastError.
 void run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*body)(void*),

@@ -1,6 +1,7 @@
 // Stand-ins for the parts of the CUDA runtime that the launchers call.
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "machine.hpp"
@@ -19,6 +20,17 @@ extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+// All that is asked for: the shared memory that a block may have.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cuda_on_cpu::most_shared_bytes());
   return cudaSuccess;
 }
 

@@ -104,10 +104,14 @@ def test_faiss_has_no_index_for_the_rest() -> None:
     named.add_with_ids(CODES[:2], np.array([3, 3]))
     with pytest.raises(ValueError, match="ids must be distinct, got 3"):
         from_faiss(named)
+    quantizer = faiss.IndexBinaryFlat(56)
+    with pytest.raises(ValueError, match="index must be trained"):
+        from_faiss(faiss.IndexBinaryIVF(quantizer, 56, 4))
     plain = faiss.IndexBinaryFlat(56)
     plain.add(CODES)
-    with pytest.raises(ValueError, match="x must have the 5 bytes of the index, got 7"):
-        from_faiss(plain, 40)
+    for dim in (48, 57):
+        with pytest.raises(ValueError, match=f"dim must be between 49 and 56, got {dim}"):
+            from_faiss(plain, dim)
     with pytest.raises(ValueError, match="bits beyond dim 49"):
         from_faiss(plain, 49)
 
@@ -122,7 +126,7 @@ def test_bytes_of_vector_databases() -> None:
     np.testing.assert_array_equal(np.unpackbits(vespa.view(np.uint8), axis=1, count=DIM), signs)
     strings = to_pgvector(torch.from_numpy(CODES), DIM)
     assert strings == ["".join("01"[bit] for bit in row.tolist()) for row in signs]
-    for binary, string in zip(to_pgvector_binary(CODES, DIM), strings, strict=True):
+    for binary, string in zip(to_pgvector_binary(CODES, np.int64(DIM)), strings, strict=True):
         (length,) = struct.unpack(">i", binary[:4])
         bits = "".join(f"{byte:08b}" for byte in binary[4:])
         assert (length, bits[:length], bits[length:]) == (DIM, string, "0000")

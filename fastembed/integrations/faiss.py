@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import check_integer
 from ..index import BinaryIndex, IVFBinaryIndex
 from ..index._centroids import BinaryCentroids
 from ..index._rows import Run, State
@@ -64,7 +65,7 @@ def from_faiss(index: Any, dim: int | None = None) -> BinaryIndex | IVFBinaryInd
 
     Raises:
         TypeError: it is another kind of index.
-        ValueError: dim does not fit, or an id is negative or there twice.
+        ValueError: dim does not fit, an id is negative or there twice, or inverted lists are not trained.
         ModuleNotFoundError: FAISS is not installed.
     """
     import faiss
@@ -73,6 +74,7 @@ def from_faiss(index: Any, dim: int | None = None) -> BinaryIndex | IVFBinaryInd
         raise TypeError(f"index must be a binary index of FAISS, got {type(index).__name__}")
     theirs = faiss.downcast_IndexBinary(index)  # does not keep the index alive: the argument does
     dim = theirs.d if dim is None else dim
+    check_integer("dim", dim, theirs.d - 7, theirs.d)
     if isinstance(theirs, faiss.IndexBinaryIVF):
         return _from_ivf(faiss, theirs, dim)
     ids = None
@@ -91,6 +93,8 @@ def _flat_codes(faiss: Any, index: Any) -> np.ndarray:
 
 
 def _from_ivf(faiss: Any, index: Any, dim: int) -> IVFBinaryIndex:
+    if not index.is_trained:
+        raise ValueError("index must be trained")
     lists, width = index.nlist, index.code_size
     ours = IVFBinaryIndex(dim, lists=lists, nprobe=min(max(1, index.nprobe), lists))
     sizes = np.array([index.invlists.list_size(number) for number in range(lists)])

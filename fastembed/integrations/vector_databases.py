@@ -51,8 +51,9 @@ def to_pgvector_binary(codes: Any, dim: int) -> list[bytes]:
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    length = dim.to_bytes(4, "big") if isinstance(dim, int) else b""
-    return [length + row.tobytes() for row in _checked(codes, dim)]
+    rows = _checked(codes, dim)
+    length = int(dim).to_bytes(4, "big")
+    return [length + row.tobytes() for row in rows]
 
 
 def to_qdrant(codes: Any, dim: int) -> np.ndarray:

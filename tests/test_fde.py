@@ -133,6 +133,23 @@ def test_more_repetitions_come_nearer_to_the_chamfer_similarity() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def test_estimates_are_within_epsilon_below_the_chamfer_similarity() -> None:
+    """Theorem 2.1 of the paper, with blocks as they are: a block's dot product is a mean of some where the Chamfer
+    similarity has the largest of all, and the more hyperplanes, the nearer to it."""
+    rng = np.random.default_rng(0)
+    sets = rng.standard_normal((30, 40, 24)).astype(np.float32)
+    documents = sets / np.linalg.norm(sets, axis=2, keepdims=True)
+    queries = documents[:10, :6]
+    exact = np.einsum("qid,njd->qnij", queries, documents).max(axis=3).mean(axis=2)
+    epsilons = []
+    for bits in (0, 3, 6, 9):
+        matrices = FDEMatrices.random(24, repetitions=1, bits=bits, projection_dim=None)
+        below = exact - fde_queries(queries, matrices) @ fde_documents(documents, matrices).T / 6
+        assert below.min() > -1e-5
+        epsilons.append(float(below.mean()))
+    assert epsilons == sorted(epsilons, reverse=True)
+
+
 def test_matrices_are_seeded_saved_and_loaded(tmp_path: Path) -> None:
     matrices = FDEMatrices.random(8, repetitions=2, bits=3, projection_dim=3, final_dim=20, seed=1)
     again = FDEMatrices.random(8, repetitions=2, bits=3, projection_dim=3, final_dim=20, seed=1)

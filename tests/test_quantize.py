@@ -460,6 +460,20 @@ def test_batches_without_rows_are_refused(importance: str) -> None:
         )
 
 
+def test_models_that_overwrite_what_gradients_need_are_not_measured() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.linear(x)).log1p_()
+
+    with pytest.raises(ValueError, match=r"importance='measured' needs gradients .* inplace operation"):
+        quantized(Overwriting(), avg_bits=4, calibration=[torch.ones(2, 64)])
+    assert quantized(Overwriting(), avg_bits=4, importance="lim", calibration=[torch.ones(2, 64)]).rows
+
+
 def test_models_that_cannot_tokenise_need_batches() -> None:
     with pytest.raises(ValueError, match="calibration must be given"):
         quantized(nn.Sequential(nn.Linear(64, 64)), avg_bits=4)

@@ -131,11 +131,16 @@ def _inputs_and_gradients(calibration: Calibration, modules: Sequence[nn.Module]
                 if mask is not None and embeddings.shape[:-1] == mask.shape:
                     direction *= mask[..., None]
                 outputs = [output for *_, output in seen]
-                gradients.append(
-                    torch.autograd.grad(
+                try:
+                    of_outputs = torch.autograd.grad(
                         embeddings, outputs, direction, retain_graph=probe + 1 < _PROBES, allow_unused=True
                     )
-                )
+                except RuntimeError as error:  # SPLADE's pooling, for one, overwrites what its gradient needs
+                    raise ValueError(
+                        "importance='measured' needs gradients from the model's output to its linear layers "
+                        f"('lim' and 'zd' do not), got {error}"
+                    ) from error
+                gradients.append(of_outputs)
             for module in kept:
                 kept[module].append([])
             for call, (module, x, output) in enumerate(seen):

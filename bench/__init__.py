@@ -31,6 +31,10 @@ one thread pool at a time, and keeps the best and the median round of each in wa
 limits (bench/limits) are measured before and after, in the same process.
 """
 
+from pathlib import Path
+
 from .harness.workload import Case, Context, Faster, Goal, OfLimit, Rate, Reached, Workload, optional_import
 
-__all__ = ["Case", "Context", "Faster", "Goal", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]
+__all__ = ["RESULTS", "Case", "Context", "Faster", "Goal", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]
+
+RESULTS = Path(__file__).parent / "results"  # the recorded runs

@@ -1,4 +1,8 @@
-"""The command line of the benchmarks: `python -m bench --help`."""
+"""Times a family of kernels beside its peers and the machine's limits.
+
+Quality, training and the compilers' reports have commands of their own: python -m bench.recall, bench.chamfer,
+bench.exits, bench.quantize, bench.quantize.timing and bench.static.
+"""
 
 import os
 
@@ -14,11 +18,10 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from . import Case, limits
+from . import RESULTS, Case, limits
 from .harness import environment, report, runner
 
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:

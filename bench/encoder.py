@@ -14,6 +14,7 @@ from torch import Tensor
 import fastembed
 
 from . import Case, Context, Faster, Reached, Workload, optional_import
+from .harness.environment import without_gradients
 from .harness.workload import OURS
 
 transformers = optional_import("transformers")
@@ -118,7 +119,7 @@ def _workload(
     quick: bool,
     goals: list[Faster],
 ) -> Workload:
-    providers = {name: _without_gradients(call) for name, call in calls.items()}
+    providers = {name: without_gradients(call) for name, call in calls.items()}
     peaks = {name: _peak_memory(call) for name, call in providers.items()}
 
     def memory(name: str, result: Any) -> float:
@@ -137,14 +138,6 @@ def _workload(
         goals=[*goals, Reached(f"of our peak memory needed by {PLAIN}", 1 / MOST_MEMORY, peaks[PLAIN] / peaks[OURS])],
         rounds=ROUNDS,
     )
-
-
-def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with torch.inference_mode():
-            return call()
-
-    return run
 
 
 def _peak_memory(call: Callable[[], Any]) -> int:

@@ -21,6 +21,7 @@ from fastembed.nn import LatentAttentionPooling
 from fastembed.reference.latent import nv_embed_pooling
 
 from . import Case, Context, Faster, Reached, Workload, optional_import
+from .harness.environment import without_gradients
 from .harness.workload import OURS
 
 siglip = optional_import("transformers.models.siglip.modeling_siglip")
@@ -74,7 +75,7 @@ def _workload(width: int, latents: int, batch: int, length: int) -> Workload:
         RELEASED: lambda: nv_embed_pooling(x, mask, weights, HEADS),
         CACHED: lambda: _with_cached(x, mask, weights, keys, values),
     }
-    providers = {name: _without_gradients(call) for name, call in providers.items()}
+    providers = {name: without_gradients(call) for name, call in providers.items()}
     expected = _in_double(x, weights)
     memory = {name: _peak_memory(providers[name]) for name in (OURS, OURS_INT8, RELEASED)}
 
@@ -128,8 +129,8 @@ def _not_folded(context: Context) -> Workload:
     operations = pooling.arithmetic(batch * length, batch)["folded"]
     return Workload(
         providers={
-            OURS: _without_gradients(lambda: pooling(x, mask)),
-            RELEASED: _without_gradients(lambda: nv_embed_pooling(x, mask, weights, HEADS)),
+            OURS: without_gradients(lambda: pooling(x, mask)),
+            RELEASED: without_gradients(lambda: nv_embed_pooling(x, mask, weights, HEADS)),
         },
         verify=lambda _, result: float(1 - F.cosine_similarity(result.double(), expected).min()),
         tolerance=TOLERANCE[OURS],
@@ -155,7 +156,7 @@ def _learned_query(context: Context) -> Workload:
         expected = copy.deepcopy(theirs).double()(x.double())
     operations = ours.arithmetic(batch * length, batch)["folded"]
     return Workload(
-        providers={OURS: _without_gradients(lambda: ours(x)), TRANSFORMERS: _without_gradients(lambda: theirs(x))},
+        providers={OURS: without_gradients(lambda: ours(x)), TRANSFORMERS: without_gradients(lambda: theirs(x))},
         verify=lambda _, result: float(1 - F.cosine_similarity(result.double(), expected).min()),
         tolerance=TOLERANCE[OURS],
         amount=operations,
@@ -239,14 +240,6 @@ def _in_double(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         gates = F.linear(normed, gate_weight.double(), gate_bias.double())
         z += (first * F.gelu(gates)) @ last.double().T
     return F.normalize(z.unflatten(0, (batch, -1)).mean(dim=1), dim=-1)
-
-
-def _without_gradients(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return call()
-
-    return run
 
 
 def _peak_memory(call: Callable[[], Tensor]) -> int:

@@ -84,3 +84,17 @@ def raise_not_finite(row: int, name: str = "x") -> None:
     """Raise ValueError unless `row`, the first row found not to be finite, is -1."""
     if row >= 0:
         raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
+
+
+def check_exits(exits: Any) -> tuple[tuple[int, int], ...]:
+    """Exits as pairs of ints (layer, dim), of which no two are alike."""
+    if not isinstance(exits, (list, tuple)) or not exits:
+        raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
+    checked: list[tuple[int, int]] = []
+    for exit in exits:
+        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
+            raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
+        if (pair := (exit[0], exit[1])) in checked:
+            raise ValueError(f"exits must not repeat, got {pair} twice")
+        checked.append(pair)
+    return tuple(checked)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._checks import check_exits
 from .integrations.backbones import find_backbone, stream_layers
 from .ops.pooling import pool_exits
 
@@ -45,20 +46,13 @@ def dense_exits(
     backbone = find_backbone(model, layers)
     depth = len(backbone.layers)
     dims: dict[int, list[int]] = {}
-    if not isinstance(exits, (list, tuple)) or not exits:
-        raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-    for exit in exits:
-        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
-            raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-        layer, dim = exit
+    for layer, dim in check_exits(exits):
         if not 0 <= layer <= depth:
             raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
         width = backbone.widths[layer]
         if not 1 <= dim <= width:
             raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
-        if dim in dims.setdefault(layer, []):
-            raise ValueError(f"exits must not repeat, got {(layer, dim)} twice")
-        dims[layer].append(dim)
+        dims.setdefault(layer, []).append(dim)
     norm = backbone.final_norm
     embeddings: dict[tuple[int, int], Tensor] = {}
 

@@ -70,6 +70,11 @@ def test_wrong_arguments_are_named(
     assert message in f"{error.value}{capsys.readouterr().err}"
 
 
+def test_nothing_loads_openmp_before_the_command_says_how_its_threads_wait() -> None:
+    code = "import sys, bench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def _case(wrong: float = 0.0) -> Case:
     def setup(context: Context) -> Workload:
         return Workload(

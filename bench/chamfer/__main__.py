@@ -1,7 +1,6 @@
 """`python -m bench.chamfer`: encodes the demo's corpus and writes the table to bench/results/."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,17 +10,16 @@ from torch.nn import functional as F
 from fastembed.demo.corpus import build_corpus
 from fastembed.demo.encoders import load_model
 
+from .. import RESULTS
 from . import DEPTHS, Row, chamfer, table
 from . import __doc__ as method
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.chamfer", description=__doc__)
     parser.add_argument("--limit", type=int, default=500, help="pairs of the corpus")
     arguments = parser.parse_args()
-    pairs = build_corpus()[: arguments.limit]
+    pairs = build_corpus(arguments.limit)
     model = load_model(None)
     queries = _unit_tokens(model, [pair.query for pair in pairs])
     documents = _unit_tokens(model, [pair.document for pair in pairs])

@@ -12,14 +12,13 @@ import torch
 from fastembed.demo.corpus import build_corpus
 from fastembed.demo.encoders import load_model
 
+from .. import RESULTS
 from ..harness import environment
 from . import BATCH, DIMS, HALF_PRECISION, LEARNING_RATE, MAX_TOKENS, TRAINED_DIMS, Row, compare, fine_tune, retrieval
 from . import __doc__ as method
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +65,16 @@ def reuse_memory(reuse: bool) -> None:
             _held.append(at)
             if ctypes.c_size_t.from_address(at - 8).value & is_mapped:
                 break
+
+
+def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call in inference mode, as models are used that are not trained."""
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return call()
+
+    return run
 
 
 def require_device(device: str) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastembed.demo.corpus import build_corpus
 from fastembed.demo.encoders import load_model
 
+from .. import RESULTS
 from ..harness import environment
 from . import (
     AVERAGES,
@@ -35,7 +36,6 @@ from . import __doc__ as method
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 COLOURS = {
     UNIFORM: "#7f7f7f",
     MEASURED: "#d1495b",

@@ -16,9 +16,9 @@ from torch import nn
 from fastembed.nn import QuantLinear
 from fastembed.quantization import quantize_gptq, quantize_hqq, quantize_mse, quantize_rtn
 
+from .. import RESULTS
 from ..harness import environment
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 SIZE = 4096
 SAMPLES = 2048
 GROUP = 64

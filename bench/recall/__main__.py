@@ -11,10 +11,9 @@ import torch
 from fastembed.demo.corpus import build_corpus
 from fastembed.demo.encoders import encode_in_turns, load_model
 
+from .. import RESULTS
 from . import CANDIDATES, Row, table
 from . import __doc__ as method
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> None:

@@ -3,11 +3,10 @@
 import csv
 import dataclasses
 import io
-from pathlib import Path
 
+from .. import RESULTS
 from . import KernelResources, cuda, triton
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 HEADINGS = {
     "kernel": "kernel",
     "toolchain": "compiler",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_integer
+from .._checks import check_exits, check_integer
 
 Exit = tuple[int, int]
 Embeddings = Mapping[Exit, Tensor]
@@ -61,16 +61,10 @@ class ExitLoss(nn.Module):
 
     def __init__(self, exits: Sequence[Exit], *, normalize: bool) -> None:
         super().__init__()
-        if not isinstance(exits, (list, tuple)) or not exits:
-            raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-        for exit in exits:
-            if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
-                raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-            if exit[0] < 0 or exit[1] < 1:
-                raise ValueError(f"exits must have layers of at least 0 and dims of at least 1, got {tuple(exit)}")
-        self.exits: tuple[Exit, ...] = tuple(sorted((layer, dim) for layer, dim in exits))
-        if len(set(self.exits)) < len(self.exits):
-            raise ValueError(f"exits must not repeat, got {list(self.exits)}")
+        self.exits: tuple[Exit, ...] = tuple(sorted(check_exits(exits)))
+        for layer, dim in self.exits:
+            if layer < 0 or dim < 1:
+                raise ValueError(f"exits must have layers of at least 0 and dims of at least 1, got {(layer, dim)}")
         self.normalize = normalize
 
     def forward(self, queries: Embeddings, documents: Embeddings) -> Tensor:

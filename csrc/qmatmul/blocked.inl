@@ -1,8 +1,8 @@
 // Many tokens times one panel, block by block. A file *_<level>.cpp includes this inside its own anonymous namespace,
 // after defining block_columns (output features of a block), tile_rows (most tokens of a tile) and `finish`.
 //
-// A block is as many input features as a few kilobytes hold, by block_columns output features. It is unpacked once,
-// into memory that then stays in the first-level cache, and multiplied with all tokens, a tile of tokens at a time.
+// A block is as many input features as some kilobytes hold, by block_columns output features. It is unpacked once, into
+// memory that then stays in the nearest caches, and multiplied with all tokens, a tile of tokens at a time.
 // From block to block the float sums wait in memory.
 
 constexpr int64_t block_bytes = block_columns * 1024;
@@ -53,9 +53,10 @@ inline Cut cut_by_groups(const Panel& panel, int64_t bytes_per_weight) {
   return {quads < panel.quads ? quads : panel.quads, groups, bytes_per_weight};
 }
 
-// Into blocks of one size, for weights that have their scales in them.
+// Into blocks of one size, for weights that have their scales in them. Every level sums over as many features, which the
+// results depend on.
 inline Cut cut_evenly(const Panel& panel, int64_t bytes_per_weight) {
-  const int64_t quads = block_bytes / (quad * block_columns * bytes_per_weight);
+  constexpr int64_t quads = 32;
   return {quads < panel.quads ? quads : panel.quads, 0, bytes_per_weight};
 }
 

@@ -53,8 +53,8 @@ inline Cut cut_by_groups(const Panel& panel, int64_t bytes_per_weight) {
   return {quads < panel.quads ? quads : panel.quads, groups, bytes_per_weight};
 }
 
-// Into blocks of one size, for weights that have their scales in them. Every level sums over as many features, which the
-// results depend on.
+// Into blocks of one size, for weights that have their scales in them. Every level sums over as many features, which
+// the results depend on.
 inline Cut cut_evenly(const Panel& panel, int64_t bytes_per_weight) {
   constexpr int64_t quads = 32;
   return {quads < panel.quads ? quads : panel.quads, 0, bytes_per_weight};

@@ -103,7 +103,9 @@ def test_a_wrong_checkpoint_is_described_whole() -> None:
     weights = nv_embed_weights(DIM, heads=HEADS)
     for name, tensor, problem in (
         ("cross_attend_blocks.0.fn.to_q.weight", None, "cross_attend_blocks.0.fn.to_q.weight is missing"),
-        ("latents", torch.zeros(DIM), f"latents must be a matrix, got shape [{DIM}]"),
+        ("latents", torch.zeros(DIM), f"latents must have shape [latents, {DIM}], got [{DIM}]"),
+        ("latents", torch.zeros(10, 7), f"latents must have shape [10, {DIM}], got [10, 7]"),
+        ("latents", weights["latents"].half(), "latents must be torch.float32 as the others are, got torch.float16"),
         ("latents", weights["latents"].int(), "latents must be floating point, got torch.int32"),
     ):
         changed = {**weights, name: tensor} if tensor is not None else {k: v for k, v in weights.items() if k != name}
@@ -275,7 +277,8 @@ def test_masks_of_any_dtype(mask_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"latents": 0}, "latents must be positive, got 0"),
+        ({"latents": 0}, "latents must be at least 1, got 0"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"heads": 5}, "heads must divide dim 24 where head_dim is not given, got 5"),
         ({"direction": "both"}, "direction must be one of 'tokens_q', 'latents_q', got 'both'"),
         ({"ffn": "swish"}, "ffn must be one of 'geglu', 'gelu', 'gelu_tanh', 'relu1', None, got 'swish'"),
@@ -296,6 +299,10 @@ def test_bad_input() -> None:
         module(x[..., 1:])
     with pytest.raises(TypeError, match=r"hidden_states must be floating point, got torch\.int64"):
         module(x.long())
+    with pytest.raises(TypeError, match=r"attention_mask must be a tensor, got list"):
+        module(x, mask.tolist())
+    with pytest.raises(TypeError, match=r"bits must be an integer, got 7\.5"):
+        module.quantize(7.5)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[3, 9\], as hidden_states, got \[3, 8\]"):
         module(x, mask[:, 1:])
 

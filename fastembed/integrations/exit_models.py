@@ -13,7 +13,7 @@ from torch import nn
 
 from .backbones import Backbone
 from .batches import Tokenizer
-from .sentence_transformers import MODES, FusedPooling
+from .sentence_transformers import MODES, FusedPooling, renamed
 from .surgery import Absorbed, is_changed
 
 
@@ -50,7 +50,7 @@ def read_pipeline(model: SentenceTransformer) -> Pipeline:
         transformer.auto_model,
         model.tokenizer,
         model.max_seq_length,
-        _translated(pooling.pooling_mode, MODES),
+        renamed(pooling.pooling_mode, MODES),
         normalizes or (isinstance(pooling, FusedPooling) and pooling.normalize),
         pooling.include_prompt,
         {name: prompt for name, prompt in model.prompts.items() if prompt},
@@ -92,7 +92,7 @@ def exit_model(
     names = {ours: theirs for theirs, ours in MODES.items()}
     modules: list[nn.Module] = [
         transformer,
-        Pooling(backbone.hidden_size, _translated(mode, names), include_prompt=include_prompt),
+        Pooling(backbone.hidden_size, renamed(mode, names), include_prompt=include_prompt),
     ]
     width = backbone.hidden_size * (1 if isinstance(mode, str) else len(mode))
     if head is not None or dim < width:
@@ -108,10 +108,6 @@ def _save_tokenizer(tokenizer: Any, folder: str) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
     tokenizer.save_pretrained(folder)
-
-
-def _translated(mode: str | Sequence[str], names: Mapping[str, str]) -> str | tuple[str, ...]:
-    return names.get(mode, mode) if isinstance(mode, str) else tuple(names.get(one, one) for one in mode)
 
 
 def _projection(head: nn.Linear | None, dim: int, width: int) -> Dense:

@@ -1,9 +1,8 @@
 """sentence-transformers' modules: its Pooling, and the Normalize after it, in one pass over the tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor, nn
 
@@ -43,14 +42,9 @@ class FusedPooling(Pooling):
         tokens = features["token_embeddings"]
         offsets = features.get("cu_seq_lens_q")
         mask = None if offsets is not None else valid_tokens(tokens, features.get("attention_mask"), prompt_length)
-        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
-        vectors: list[Tensor] = []
-        for mode in modes:
-            (exit,) = pool_exits(
-                [tokens], mask, cu_seqlens=offsets, mode=MODES.get(mode, mode), normalize=self.normalize
-            )
-            vectors.extend(exit.values())
-        features["sentence_embedding"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
+        mode = renamed(self.pooling_mode, MODES)
+        (embedding,) = pool_exits([tokens], mask, cu_seqlens=offsets, mode=mode, normalize=self.normalize)[0].values()
+        features["sentence_embedding"] = embedding
         return features
 
     def _is_special(self, features: dict[str, Any], prompt_length: int) -> bool:
@@ -64,6 +58,11 @@ class FusedPooling(Pooling):
         return f"normalize={self.normalize}"
 
 
+def renamed(mode: str | Sequence[str], names: Mapping[str, str]) -> str | tuple[str, ...]:
+    """A pooling mode, or several, by other names where there are such."""
+    return names.get(mode, mode) if isinstance(mode, str) else tuple(names.get(one, one) for one in mode)
+
+
 def plain_modules(fused: nn.Module) -> tuple[Pooling, Normalize]:
     """What a FusedPooling stands for: the Pooling, and the Normalize that follows where it normalises."""
     assert isinstance(fused, FusedPooling)
@@ -73,8 +72,7 @@ def plain_modules(fused: nn.Module) -> tuple[Pooling, Normalize]:
 def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, str | None]]:
     """Every place with a Pooling: (parent, child's name, the Pooling, name of the Normalize it can take over or None).
 
-    A Normalize right behind it in a Sequential can be taken over when it normalises the whole sentence embedding and
-    that is one vector: of several modes side by side it would normalise the concatenation.
+    A Normalize right behind it in a Sequential can be taken over when it normalises the whole sentence embedding.
     """
     for parent in model.modules():
         children = [(name, child) for name, child in parent._modules.items() if child is not None]
@@ -85,7 +83,6 @@ def find_poolings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Pooling, s
                 isinstance(parent, nn.Sequential)
                 and type(following) is Normalize
                 and following.module_input_name == following.module_output_name == "sentence_embedding"
-                and isinstance(child.pooling_mode, str)
             )
             yield parent, name, child, next_name if fuses else None
 

@@ -1,6 +1,7 @@
 """LatentAttentionPooling: NV-Embed's pooling by attention to latents, and its relatives."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -219,8 +220,9 @@ class LatentAttentionPooling(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("dim", dim), ("latents", latents), ("heads", heads), ("depth", depth)):
-            if size < 1:
-                raise ValueError(f"{name} must be positive, got {size}")
+            check_integer(name, size, 1)
+        if head_dim is not None:
+            check_integer("head_dim", head_dim, 1)
         _check_choice("direction", direction, DIRECTIONS)
         _check_choice("scale", scale, SCALES)
         _check_choice("residual", residual, RESIDUALS)
@@ -297,38 +299,32 @@ class LatentAttentionPooling(nn.Module):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"state_dict must be a dict of tensors by name, got {type(tensor).__name__} as {name}")
         attend, feed = "cross_attend_blocks.0", "cross_attend_blocks.1"
-        measured = "latents", f"{attend}.fn.to_q.weight", f"{feed}.fn.net.2.weight"
-        (latents, dim), (inner, _), (_, hidden) = (_two_dims(tensors.get(name)) for name in measured)
-        expected = {
-            "latents": (latents, dim),
-            **{f"{block}.{leaf}": (dim,) for block in (f"{attend}.norm", f"{attend}.norm_context", f"{feed}.norm")
+        layout = {
+            "latents": ("latents", "dim"),
+            **{f"{block}.{leaf}": ("dim",) for block in (f"{attend}.norm", f"{attend}.norm_context", f"{feed}.norm")
                for leaf in ("weight", "bias")},
-            f"{attend}.fn.to_q.weight": (inner, dim),
-            f"{attend}.fn.to_kv.weight": (2 * inner, dim),
-            f"{attend}.fn.to_out.weight": (dim, inner),
-            f"{feed}.fn.net.0.weight": (2 * hidden, dim),
-            f"{feed}.fn.net.0.bias": (2 * hidden,),
-            f"{feed}.fn.net.2.weight": (dim, hidden),
-            f"{feed}.fn.net.2.bias": (dim,),
+            f"{attend}.fn.to_q.weight": ("inner", "dim"),
+            f"{attend}.fn.to_kv.weight": ("2 inner", "dim"),
+            f"{attend}.fn.to_out.weight": ("dim", "inner"),
+            f"{feed}.fn.net.0.weight": ("2 hidden", "dim"),
+            f"{feed}.fn.net.0.bias": ("2 hidden",),
+            f"{feed}.fn.net.2.weight": ("dim", "hidden"),
+            f"{feed}.fn.net.2.bias": ("dim",),
         }  # fmt: skip
-        problems = [f"{name} is missing" for name in expected if name not in tensors]
-        problems += [f"{name} is unknown" for name in tensors if name not in expected]
-        problems += [
-            f"{name} must be a matrix, got shape {list(tensors[name].shape)}"
-            for name in measured
-            if name in tensors and tensors[name].dim() != 2
-        ]
-        problems += [
-            f"{name} must have shape {list(shape)}, got {list(tensors[name].shape)}"
-            for name, shape in expected.items()
-            # What is measured at a tensor that is missing, or no matrix, is 0: nothing can be said by it of the others.
-            if name in tensors and tensors[name].shape != shape and 0 not in shape
-        ]
-        problems += [
-            f"{name} must be floating point, got {tensors[name].dtype}"
-            for name in expected
-            if name in tensors and not tensors[name].is_floating_point()
-        ]
+        problems = [f"{name} is missing" for name in layout if name not in tensors]
+        problems += [f"{name} is unknown" for name in tensors if name not in layout]
+        present = {name: tensors[name] for name in layout if name in tensors}
+        sizes = _most_common_sizes(layout, present)
+        dtype = Counter(tensor.dtype for tensor in present.values()).most_common(1)[0][0] if present else torch.float32
+        for name, tensor in present.items():
+            shape = [sizes.get(axis, axis) for axis in layout[name]]
+            if list(tensor.shape) != shape:
+                problems.append(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+            if not tensor.is_floating_point():
+                problems.append(f"{name} must be floating point, got {tensor.dtype}")
+            elif tensor.dtype != dtype:
+                problems.append(f"{name} must be {dtype} as the others are, got {tensor.dtype}")
+        dim, latents, inner, hidden = (sizes.get(axis, 0) for axis in ("dim", "latents", "inner", "hidden"))
         if not problems and inner % heads:
             problems.append(f"{heads} heads do not divide the {inner} rows of {attend}.fn.to_q.weight")
         if problems:
@@ -376,6 +372,9 @@ class LatentAttentionPooling(nn.Module):
         return pooled.to(hidden_states.dtype)
 
     def _check(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        for name, tensor in (("hidden_states", hidden_states), ("attention_mask", attention_mask)):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.dim:
             raise ValueError(
                 f"hidden_states must have shape [batch, tokens, {self.dim}], got {list(hidden_states.shape)}"
@@ -582,10 +581,10 @@ class LatentAttentionPooling(nn.Module):
         Affects inference on the CPU where the module folds; the parameters stay as they are. None undoes it.
 
         Raises:
-            ValueError: bits is none of these, or the module does not fold (see `folds`).
+            TypeError, ValueError: bits is none of these, or the module does not fold (see `folds`).
         """
-        if bits is not None and bits not in range(1, 9):
-            raise ValueError(f"bits must be 1 to 8 or None, got {bits!r}")
+        if bits is not None:
+            check_integer("bits", bits, 1, 8)
         if bits is not None and not (self.folds() and self.direction == "tokens_q"):
             raise ValueError("only a block that folds, with tokens as queries, can be quantised")
         self.ffn_bits = bits
@@ -607,6 +606,8 @@ class LatentAttentionPooling(nn.Module):
         "cached", with these computed once; "folded", as inference here computes: after every exact fold, or, where the
         module does not fold, after moving the last matrix past the mean. Matrix products only.
         """
+        check_integer("tokens", tokens, 0)
+        check_integer("sequences", sequences, 1)
         layer = self._layer(0)
         dim, inner, latents, heads = self.dim, self.heads * self.head_dim, len(self.latents), self.heads
         first = layer.ffn_in.weight.numel() if isinstance(layer.ffn_in, nn.Linear) else 0
@@ -849,8 +850,16 @@ def _matrix_vector(weight: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([weight @ row for row in rows])
 
 
-def _two_dims(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None or tensor.dim() != 2 else (tensor.shape[0], tensor.shape[1])
+def _most_common_sizes(layout: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How long the axes are, by name, according to most of the tensors; of "2 hidden" also half of it, "hidden"."""
+    votes: dict[str, Counter[int]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == len(layout[name]):
+            for axis, size in zip(layout[name], tensor.shape, strict=True):
+                factor, _, of = axis.rpartition(" ")
+                votes.setdefault(of, Counter())[size // int(factor or 1)] += 1
+    sizes = {axis: counts.most_common(1)[0][0] for axis, counts in votes.items()}
+    return sizes | {f"2 {axis}": 2 * size for axis, size in sizes.items()}
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

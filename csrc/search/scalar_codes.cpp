@@ -136,7 +136,7 @@ class Products {
     constexpr int half = 1 << (half_byte_bits - 1);
     if (parts_ == 1) return s;
     const int high = (s + half) >> half_byte_bits;
-    return part == 1 ? high : s - (high << half_byte_bits);
+    return part == 1 ? high : s - high * (1 << half_byte_bits);
   }
 
   int64_t dim_;

@@ -43,11 +43,13 @@ def _markdown(rows: list[Row], pairs: int) -> str:
         "",
         f"{pairs} queries, {pairs} documents. Written by `python -m bench.chamfer`.",
         "",
-        f"| repetitions | bits | projection_dim | dims | error | {' | '.join(f'recall@{n}' for n in DEPTHS)} |",
-        f"|{'---:|' * (5 + len(DEPTHS))}",
+        f"| repetitions | bits | projection_dim | dims | epsilon | above | error | "
+        f"{' | '.join(f'recall@{n}' for n in DEPTHS)} |",
+        f"|{'---:|' * (7 + len(DEPTHS))}",
     ]
     lines += [
-        f"| {row.repetitions} | {row.bits} | {row.projection_dim or 'all'} | {row.dims} | {row.error:.4f} | "
+        f"| {row.repetitions} | {row.bits} | {row.projection_dim or 'all'} | {row.dims} | {row.epsilon:.3f} | "
+        f"{row.above:.3f} | {row.error:.4f} | "
         f"{' | '.join(f'{recall:.3f}' for recall in row.recall)} |"
         for row in rows
     ]

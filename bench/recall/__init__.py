@@ -3,6 +3,9 @@
 The pairs of the demo's corpus are split in two halves. What is trained (the binarisers, the FAISS indexes) sees the
 training half alone. Queries are those of the held-out half, and they search the documents of both halves, so that every
 right answer is a document that nothing was trained on.
+
+An older binariser has OLD_DIMS dims and saw half of the training pairs. Its codes of the documents are also searched by
+queries of two newer ones, which saw all of them: one trained to be compatible with it, one not.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ import fastembed
 K = 10
 CANDIDATES = 4 * K
 SEED = 0
+OLD_DIMS = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def table(queries: np.ndarray, documents: np.ndarray, epochs: int = 8, progress:
         return Row(method, stored_bytes, labelled, labelled / best, overlap)
 
     rows = [row("float32", 4 * documents.shape[1], truth)]
-    for method, stored_bytes, search in (*_ours(split, epochs, progress), *_scalar(split), *_faiss(split)):
+    methods = (*_ours(split, epochs, progress), *_compatible(split, epochs, progress), *_scalar(split), *_faiss(split))
+    for method, stored_bytes, search in methods:
         rows.append(row(method, stored_bytes, search(K)))
         rescored = fastembed.rescore(split.asked, split.documents, search(CANDIDATES), K)[1]
         rows.append(row(f"{method}, {CANDIDATES} re-scored", stored_bytes, rescored))
@@ -93,6 +98,20 @@ def _ours(split: Split, epochs: int, progress: bool) -> Iterator[Method]:
             binarizer = fastembed.train_binarizer(*data, bits=bits, epochs=epochs, seed=SEED, progress=progress)
             codes = binarizer.encode(split.documents)
             yield _of_codes(f"trained, {bits} bit, {name}", codes, binarizer.encode(split.asked))
+
+
+def _compatible(split: Split, epochs: int, progress: bool) -> Iterator[Method]:
+    train = partial(fastembed.train_binarizer, bits=2, epochs=epochs, progress=progress)
+    few = split.half // 2
+    older = train(split.queries[:few], split.seen[:few], dims=OLD_DIMS, seed=SEED)
+    codes = older.encode(split.documents)
+    pairs = split.queries[: split.half], split.seen
+    newer = train(*pairs, seed=SEED + 1, compatible_with=older)
+    stranger = train(*pairs, seed=SEED + 1)
+    yield _of_codes("older", codes, older.encode(split.asked))
+    yield _of_codes("newer, compatible", newer.encode(split.documents), newer.encode(split.asked))
+    yield _of_codes("older codes, compatible queries", codes, newer.encode(split.asked, dims=OLD_DIMS))
+    yield _of_codes("older codes, other queries", codes, stranger.encode(split.asked, dims=OLD_DIMS))
 
 
 def _of_codes(name: str, codes: fastembed.SDCCodes, asked: fastembed.SDCCodes) -> Method:

@@ -3,11 +3,14 @@
 Arrays and tensors are checked alike, by the attributes they share; PyTorch need not be installed.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from . import _native, backends
+
+Layer = TypeVar("Layer")
 
 INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
 
@@ -86,15 +89,23 @@ def raise_not_finite(row: int, name: str = "x") -> None:
         raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
 
 
-def check_exits(exits: Any) -> tuple[tuple[int, int], ...]:
-    """Exits as pairs of ints (layer, dim), of which no two are alike."""
+def check_exits(exits: Any, layer_of: Callable[[Any], Layer]) -> tuple[tuple[Layer, int], ...]:
+    """Exits as pairs (layer, dim), of which no two are alike; `layer_of` checks and reads the layer of one."""
     if not isinstance(exits, (list, tuple)) or not exits:
         raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-    checked: list[tuple[int, int]] = []
+    checked: list[tuple[Layer, int]] = []
     for exit in exits:
-        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or not all(type(value) is int for value in exit):
+        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or type(exit[1]) is not int:
             raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-        if (pair := (exit[0], exit[1])) in checked:
+        if (pair := (layer_of(exit), exit[1])) in checked:
             raise ValueError(f"exits must not repeat, got {pair} twice")
         checked.append(pair)
     return tuple(checked)
+
+
+def one_layer(exit: Any) -> int:
+    """The layer of an exit of one layer."""
+    if type(exit[0]) is not int:
+        raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
+    layer: int = exit[0]
+    return layer

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_exits
+from ._checks import check_exits, one_layer
 from .integrations.backbones import find_backbone, stream_layers
 from .ops.pooling import pool_exits
 
@@ -46,7 +46,7 @@ def dense_exits(
     backbone = find_backbone(model, layers)
     depth = len(backbone.layers)
     dims: dict[int, list[int]] = {}
-    for layer, dim in check_exits(exits):
+    for layer, dim in check_exits(exits, one_layer):
         if not 0 <= layer <= depth:
             raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
         width = backbone.widths[layer]

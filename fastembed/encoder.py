@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
+from ._checks import check_exits, check_integer
 from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
 from .integrations.prompts import valid_tokens
@@ -120,7 +120,8 @@ class MultiExitEncoder(nn.Module):
         self.heads = nn.ModuleDict(_check_heads(heads, backbone.widths))
         widths = dict(enumerate(backbone.widths))
         widths |= {int(layer): _head_width(head, layer, widths[int(layer)]) for layer, head in self.heads.items()}
-        self.exits = _check_exits([(depth, modes * widths[depth])] if exits is None else exits)
+        whole = [(depth, modes * widths[depth])]
+        self.exits = check_exits(whole if exits is None else exits, _layer_or_layers)
         for layer, dim in self.exits:
             if not all(0 <= one <= depth for one in _layers(layer)):
                 raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
@@ -358,7 +359,7 @@ class MultiExitEncoder(nn.Module):
     def _choose(self, exits: Sequence[Exit] | None) -> tuple[Exit, ...]:
         if exits is None:
             return self.exits
-        chosen = _check_exits(exits)
+        chosen = check_exits(exits, _layer_or_layers)
         for exit in chosen:
             if exit not in self.exits:
                 raise ValueError(f"exits must be of this encoder's, {list(self.exits)}, got {exit}")
@@ -436,22 +437,14 @@ def _mix_name(layers: Sequence[int]) -> str:
     return "_".join(map(str, layers))
 
 
-def _check_exits(exits: Sequence[Exit]) -> tuple[Exit, ...]:
-    if not isinstance(exits, (list, tuple)) or not exits:
-        raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-    checked: list[Exit] = []
-    for exit in exits:
-        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or type(exit[1]) is not int:
-            raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-        layer = tuple(exit[0]) if isinstance(exit[0], (list, tuple)) else exit[0]
-        if not _layers(layer) or not all(type(one) is int for one in _layers(layer)):
-            raise TypeError(f"exits must be pairs of ints (layer, dim), or of several layers and a dim, got {exit!r}")
-        if len(set(_layers(layer))) < len(_layers(layer)):
-            raise ValueError(f"exits must not repeat a layer, got {exit!r}")
-        if (pair := (layer, exit[1])) in checked:
-            raise ValueError(f"exits must not repeat, got {pair} twice")
-        checked.append(pair)
-    return tuple(checked)
+def _layer_or_layers(exit: Any) -> int | tuple[int, ...]:
+    """The layer of an exit, or the layers that it mixes."""
+    layer: int | tuple[int, ...] = tuple(exit[0]) if isinstance(exit[0], (list, tuple)) else exit[0]
+    if not _layers(layer) or not all(type(one) is int for one in _layers(layer)):
+        raise TypeError(f"exits must be pairs of ints (layer, dim), or of several layers and a dim, got {exit!r}")
+    if len(set(_layers(layer))) < len(_layers(layer)):
+        raise ValueError(f"exits must not repeat a layer, got {exit!r}")
+    return layer
 
 
 def _check_mixes(

@@ -65,8 +65,7 @@ struct Tokens {
   const float* scales;  // [rows]; NaN where the activations were not finite
   const int32_t* sums;  // [rows, groups], of the codes of a group
   int64_t rows;
-  const int32_t*
-      multiples;  // [rows, groups, sum_multiples]: 0, -1, -2, .. times the sums; null where nobody wants them
+  const int32_t* multiples;  // [rows, groups, sum_multiples]: 0, -1, -2, .. times the sums; or null
 };
 
 constexpr int64_t sum_multiples = 16;

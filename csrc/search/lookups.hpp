@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/divide_up.hpp"
 #include "search/kernels.hpp"
 
 namespace fastembed::search {
@@ -15,12 +16,12 @@ class LookupTables {
   LookupTables(const Lookups& kernels, int64_t dim, int64_t at_once)
       : index_bits_(kernels.index_bits),
         dim_(dim),
-        groups_(((dim + 7) / 8 * 8 + index_bits_ * at_once - 1) / (index_bits_ * at_once) * at_once) {}
+        groups_(divide_up(divide_up(dim, 8) * 8, index_bits_ * at_once) * at_once) {}
 
   int64_t groups() const { return groups_; }
   // Of the tables, and of a code with so many planes in a block.
   int64_t bytes() const { return groups_ << index_bits_; }
-  int64_t code_bytes(int planes) const { return planes * ((groups_ + lookup_chunk - 1) / lookup_chunk * lookup_chunk); }
+  int64_t code_bytes(int planes) const { return planes * divide_up(groups_, lookup_chunk) * lookup_chunk; }
 
   // Tables of number(d) for dimension d. Returns what is to be taken off a sum of look-ups.
   template <class Number>

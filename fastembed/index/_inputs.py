@@ -57,9 +57,8 @@ def row_chunks(x: np.ndarray, elements: int = 1 << 22) -> Any:
 def check_ids(name: str, ids: Any) -> np.ndarray:
     """int64 [N] of ids 0 to 2^63 - 1, given as an array, a tensor or a sequence of integers."""
     values = ids.detach().cpu().numpy() if is_tensor(ids) else np.asarray(ids)
-    if (
-        values.ndim == 0 and values is not ids
-    ):  # a number, or what NumPy does not take for a sequence: a set, an iterator
+    # A number, or what NumPy does not take for a sequence: a set, an iterator.
+    if values.ndim == 0 and values is not ids:
         raise TypeError(f"{name} must be an array, a tensor or a sequence of integers, got {type(ids).__name__}")
     if values.ndim != 1:
         raise ValueError(f"{name} must have shape [rows], got {list(values.shape)}")

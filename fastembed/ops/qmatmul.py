@@ -20,7 +20,6 @@ GROUP_MULTIPLE = 16
 # Products of 8-bit codes and activations are summed in int32 within a group.
 MAX_GROUP_FEATURES = 65536
 
-# As csrc/common/dtype.hpp numbers them.
 # As csrc/qmatmul/kernels.hpp numbers them.
 _NO_ZEROS, _CODE_ZEROS, _FRACTIONAL_ZEROS = range(3)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_exits, check_integer
+from .._checks import check_exits, check_integer, one_layer
 
 Exit = tuple[int, int]
 Embeddings = Mapping[Exit, Tensor]
@@ -61,7 +61,7 @@ class ExitLoss(nn.Module):
 
     def __init__(self, exits: Sequence[Exit], *, normalize: bool) -> None:
         super().__init__()
-        self.exits: tuple[Exit, ...] = tuple(sorted(check_exits(exits)))
+        self.exits: tuple[Exit, ...] = tuple(sorted(check_exits(exits, one_layer)))
         for layer, dim in self.exits:
             if layer < 0 or dim < 1:
                 raise ValueError(f"exits must have layers of at least 0 and dims of at least 1, got {(layer, dim)}")

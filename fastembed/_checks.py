@@ -89,6 +89,12 @@ def raise_not_finite(row: int, name: str = "x") -> None:
         raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
 
 
+def check_finite(x: Any, name: str = "x") -> None:
+    """Raise ValueError naming the first row of a tensor [N, D] that has a NaN or infinity."""
+    bad = (~x.isfinite().all(dim=1)).nonzero()
+    raise_not_finite(int(bad[0]) if len(bad) else -1, name)
+
+
 def check_exits(exits: Any, layer_of: Callable[[Any], Layer]) -> tuple[tuple[Layer, int], ...]:
     """Exits as pairs (layer, dim), of which no two are alike; `layer_of` checks and reads the layer of one."""
     if not isinstance(exits, (list, tuple)) or not exits:

@@ -131,8 +131,7 @@ def quantize(
         quantizer: as there; None: "gptq" where `calibration` is given, else "mse".
         calibration: what the model is run on where it has to be (importance "measured" and "lim", quantizer "gptq"): a
             list of texts (pairs of them for a cross-encoder), or of batches that the model takes (dicts, tuples or
-            tensors). None: 64 texts of the Python
-            standard library, for models that can tokenise.
+            tensors). None: 64 texts of the Python standard library, for models that can tokenise.
         tokenizer: a transformers tokenizer, for texts where the model is no SentenceTransformer.
         keep_originals: keep the replaced modules for `unswap`.
         verbose: show progress, and print the report.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import FLOATS, are_tensors, check_array, check_integer, raise_not_finite
+from .._checks import FLOATS, are_tensors, check_array, check_finite, check_integer
 from .._safetensors import read_safetensors, write_safetensors
 from ..ops.search import SDCCodes, pack_bits
 
@@ -314,8 +314,7 @@ def finite_rows(name: str, x: Any) -> Tensor:
     are_tensors(**{name: x})
     check_array(name, x, 2, FLOATS)
     tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    bad = (~tensor.isfinite().all(dim=1)).nonzero()
-    raise_not_finite(int(bad[0]) if len(bad) else -1, name)
+    check_finite(tensor, name)
     return tensor
 
 

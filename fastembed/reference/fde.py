@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .._checks import raise_not_finite
+from .._checks import check_finite
 
 
 def fde(
@@ -30,8 +30,7 @@ def fde(
     documents: bool,
 ) -> Tensor:
     """Arguments as the fields of `fastembed.FDEMatrices`; tokens float32 [N, dim], cu_seqlens int64 [B + 1]."""
-    bad = (~tokens.isfinite().all(dim=1)).nonzero()
-    raise_not_finite(int(bad[0]) if len(bad) else -1, "tokens")
+    check_finite(tokens, "tokens")
     offsets = cu_seqlens.tolist()
     sequences = [tokens[start:end] for start, end in pairwise(offsets)]
     encodings = [_encode(sequence, hyperplanes, projections, documents) for sequence in sequences]

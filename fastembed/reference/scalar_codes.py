@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import raise_not_finite
+from .._checks import check_finite
 from ..ops import _scalar_codes_checks as scalar_checks
 from ..ops import _search_checks as checks
 from .search import _allowed, _pack, _topk, _unpack
@@ -29,8 +29,7 @@ def scalar_encode(
     """See `fastembed.ScalarQuantizer`. Returns codes uint8 [N, bits * ceil(D / 8)] and factors float32 [N, 4]."""
     scalar_checks.check_encode(x, centroid, signs, bits, method, metric)
     x = x.float().double()
-    bad = (~x.isfinite().all(dim=1)).nonzero()
-    raise_not_finite(int(bad[0]) if len(bad) else -1)
+    check_finite(x)
     if metric == "cosine":
         squares = x.square().sum(dim=1, keepdim=True)
         x = x * torch.where(squares > 0, 1 / squares.sqrt(), 1.0)

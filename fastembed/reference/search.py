@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import raise_not_finite
+from .._checks import check_finite
 from ..ops import _search_checks as checks
 
 # Steps of the uniform quantiser of least squared error for a unit normal source, by bits (Max 1960, table II; beyond
@@ -80,8 +80,7 @@ def sdc_encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """See `fastembed.sdc_encode`. Returns codes uint8 [N, bits * ceil(D / 8)] and inverse norms float32 [N]."""
     checks.check_sdc_encode(x, bits)
     x = x.float()
-    bad = (~x.isfinite().all(dim=1)).nonzero()
-    raise_not_finite(int(bad[0]) if len(bad) else -1)
+    check_finite(x)
     half = 2 ** (bits - 1)
     step = OPTIMAL_STEP[bits] * x.double().square().mean(dim=1, keepdim=True).sqrt()
     c = torch.zeros_like(x, dtype=torch.uint8)

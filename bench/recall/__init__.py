@@ -4,8 +4,8 @@ The pairs of the demo's corpus are split in two halves. What is trained (the bin
 training half alone. Queries are those of the held-out half, and they search the documents of both halves, so that every
 right answer is a document that nothing was trained on.
 
-An older binariser has OLD_DIMS dims and saw half of the training pairs. Its codes of the documents are also searched by
-queries of two newer ones, which saw all of them: one trained to be compatible with it, one not.
+An older binariser has two thirds of the dims and saw half of the training pairs. Its codes of the documents are also
+searched by queries of two newer ones, which saw all of them: one trained to be compatible with it, one not.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ import fastembed
 K = 10
 CANDIDATES = 4 * K
 SEED = 0
-OLD_DIMS = 256
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,16 @@ def _ours(split: Split, epochs: int, progress: bool) -> Iterator[Method]:
 
 def _compatible(split: Split, epochs: int, progress: bool) -> Iterator[Method]:
     train = partial(fastembed.train_binarizer, bits=2, epochs=epochs, progress=progress)
-    few = split.half // 2
-    older = train(split.queries[:few], split.seen[:few], dims=OLD_DIMS, seed=SEED)
+    few, dims = split.half // 2, 2 * split.documents.shape[1] // 3
+    older = train(split.queries[:few], split.seen[:few], dims=dims, seed=SEED)
     codes = older.encode(split.documents)
     pairs = split.queries[: split.half], split.seen
     newer = train(*pairs, seed=SEED + 1, compatible_with=older)
     stranger = train(*pairs, seed=SEED + 1)
     yield _of_codes("older", codes, older.encode(split.asked))
     yield _of_codes("newer, compatible", newer.encode(split.documents), newer.encode(split.asked))
-    yield _of_codes("older codes, compatible queries", codes, newer.encode(split.asked, dims=OLD_DIMS))
-    yield _of_codes("older codes, other queries", codes, stranger.encode(split.asked, dims=OLD_DIMS))
+    yield _of_codes("older codes, compatible queries", codes, newer.encode(split.asked, dims=dims))
+    yield _of_codes("older codes, other queries", codes, stranger.encode(split.asked, dims=dims))
 
 
 def _of_codes(name: str, codes: fastembed.SDCCodes, asked: fastembed.SDCCodes) -> Method:

@@ -83,6 +83,18 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number, got NaN")
 
 
+def check_positive(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
 def raise_not_finite(row: int, name: str = "x") -> None:
     """Raise ValueError unless `row`, the first row found not to be finite, is -1."""
     if row >= 0:

@@ -15,17 +15,51 @@ from ._atomic import replacing
 # The metadata of a file: settings as JSON, and the CRC-32 of them and of all tensors.
 _SETTINGS, _CHECKSUM = "fastembed", "crc32"
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write tensors, and settings that JSON can hold, to a temporary file beside `path`, sync it and rename it."""
-    from safetensors.torch import save
+    """Write tensors, and settings that JSON can hold, to a temporary file beside `path`, sync it and rename it.
 
-    # Each tensor with memory of its own: safetensors refuses shared memory.
-    owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    One tensor is read after the other: safetensors' own functions hold a second copy of all of them, and refuse those
+    that share memory.
+
+    Raises:
+        TypeError: a tensor is sparse, or of a dtype that safetensors files do not have.
+
+    Source: the format, https://huggingface.co/docs/safetensors: the length of the header as 8 bytes, a header in JSON,
+    the tensors without gaps. The largest elements come first, so that every tensor is aligned.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be dense and of a dtype of safetensors, got {tensor.layout} {tensor.dtype}")
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     text = json.dumps(dict(settings))
-    data = save(owned, {_SETTINGS: text, _CHECKSUM: _checksum(text, owned)})
+    header: dict[str, Any] = {"__metadata__": {_SETTINGS: text, _CHECKSUM: _checksum(text, ordered)}}
+    end = 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with replacing(path) as file:
-        file.write(data)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in ordered.values():
+            file.write(_bytes_of(tensor))
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -72,5 +106,10 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     crc = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes_of(tensor), crc)
     return f"{crc:08x}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's elements in row-major order; a copy only where they do not stand so in the CPU's memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import are_tensors, check_integer, check_number
+from .._checks import are_tensors, check_integer, check_number, check_positive
 from .._safetensors import read_safetensors, write_safetensors
 from ..nn.binarizer import MAX_SEED, RecurrentBinarizer, finite_rows
 from .losses import contrastive_loss, neighbourhood_loss
@@ -142,11 +142,9 @@ class _Settings:
         check_integer("hard_negatives", self.hard_negatives, 1)
         check_integer("queue_size", self.queue_size, 0)
         check_integer("seed", self.seed, 0, MAX_SEED)
-        for name in ("learning_rate", "temperature", "momentum"):
-            check_number(name, getattr(self, name))
-        for name in ("learning_rate", "temperature"):
-            if not (value := getattr(self, name)) > 0 or math.isinf(value):
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("temperature", self.temperature)
+        check_number("momentum", self.momentum)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
 

@@ -9,13 +9,12 @@ detached.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_exits, check_integer, one_layer
+from .._checks import check_exits, check_integer, check_not_negative, check_positive, one_layer
 
 Exit = tuple[int, int]
 Embeddings = Mapping[Exit, Tensor]
@@ -39,7 +38,7 @@ class RankingLoss(nn.Module):
 
     def __init__(self, scale: float = 20.0) -> None:
         super().__init__()
-        _check_positive("scale", scale)
+        check_positive("scale", scale)
         self.scale = scale
 
     def forward(self, queries: Tensor, documents: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ class MultiExitContrastiveLoss(ExitLoss):
         learn_scale: bool = True,
     ) -> None:
         super().__init__(exits, normalize=True)
-        _check_positive("scale", scale)
+        check_positive("scale", scale)
         self.weights = _exit_weights(weights, [(layer, dim) for layer, dim in exits])
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
@@ -180,8 +179,8 @@ class StarbucksLoss(ExitLoss):
         normalize: bool = False,
     ) -> None:
         super().__init__(exits, normalize=normalize)
-        _check_not_negative("distillation", distillation)
-        _check_positive("temperature", temperature)
+        check_not_negative("distillation", distillation)
+        check_positive("temperature", temperature)
         self.distillation = distillation
         self.temperature = temperature
 
@@ -257,8 +256,8 @@ class Matryoshka2dLoss(ExitLoss):
         if not callable(layer_weighting):
             raise TypeError(f"layer_weighting must be a name or a function of the layer, got {layer_weighting!r}")
         for name, weight in (("last_weight", last_weight), ("prior_weight", prior_weight), ("alignment", alignment)):
-            _check_not_negative(name, weight)
-        _check_positive("alignment_temperature", alignment_temperature)
+            check_not_negative(name, weight)
+        check_positive("alignment_temperature", alignment_temperature)
         self.layers_per_step = layers_per_step
         self.dims_per_step = dims_per_step
         self.layer_weighting = layer_weighting
@@ -331,7 +330,7 @@ class ESELoss(ExitLoss):
     ) -> None:
         super().__init__(_whole_exits(layers, width), normalize=False)
         (self.dim,) = _check_prefixes([dim], width)
-        _check_positive("temperature", temperature)
+        check_positive("temperature", temperature)
         self.temperature = temperature
         self.pair_loss = RankingLoss() if pair_loss is None else pair_loss
 
@@ -415,22 +414,5 @@ def _numbers(name: str, values: Sequence[float] | None, count: int) -> list[floa
     if len(values) != count:
         raise ValueError(f"{name} must be {count} numbers, got {len(values)}")
     for value in values:
-        _check_not_negative(name, value)
+        check_not_negative(name, value)
     return [float(value) for value in values]
-
-
-def _check_positive(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not value > 0 or math.isinf(value):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    _check_number(name, value)
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")

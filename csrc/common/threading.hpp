@@ -3,6 +3,7 @@
 #pragma once
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -44,16 +45,33 @@ void run_team_in_runs(int team, int64_t tasks, const Body& body) {
 
 #else
 
+// Whether this thread came out of a fork. The threads that OpenMP keeps for it stayed with the parent, and a parallel
+// region would wait for them for ever.
+inline thread_local bool came_out_of_a_fork = false;
+inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { came_out_of_a_fork = true; });
+
+// Runs `region`, which is a parallel region: here, or where that would hang on a new thread, for which OpenMP starts
+// others.
+template <class Region>
+void run_region(const Region& region) {
+  if (!came_out_of_a_fork) return region();
+  std::thread(region).join();
+}
+
 template <class Body>
 void run_team(int team, int64_t tasks, const Body& body) {
+  run_region([&] {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+  });
 }
 
 template <class Body>
 void run_team_in_runs(int team, int64_t tasks, const Body& body) {
+  run_region([&] {
 #pragma omp parallel for schedule(guided, 1) num_threads(team)
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+  });
 }
 
 #endif

@@ -1,13 +1,14 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and what tells whether they have been damaged since."""
 
 import contextlib
 import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -34,6 +35,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(file.name)
         raise
     _sync_folder(target.parent)
+
+
+def checksum(text: str, parts: Iterable[tuple[str, Any]]) -> str:
+    """The CRC-32, in hexadecimal, of a text and of named buffers one after another."""
+    crc = zlib.crc32(text.encode())
+    for name, data in parts:
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def _temporary(target: Path) -> BinaryIO:

@@ -68,12 +68,14 @@ def check_device(reference: Any, other: Any, name: str, of: str = "the queries")
         raise ValueError(f"{name} must be on the device of {of}, {reference.device}, got {other.device}")
 
 
-def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> None:
+def check_integer(name: str, value: Any, smallest: int, largest: int | None = None) -> Any:
+    """The value, as Python's own integer where it is one of NumPy's: those overflow, and JSON does not take them."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < smallest or (largest is not None and value > largest):
         expected = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
         raise ValueError(f"{name} must be {expected}, got {value}")
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def check_number(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._atomic import replacing
+from ._atomic import checksum, replacing
 
 # The metadata of a file: settings as JSON, and the CRC-32 of them and of all tensors.
 _SETTINGS, _CHECKSUM = "fastembed", "crc32"
@@ -103,11 +102,13 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    crc = zlib.crc32(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(_bytes_of(tensor), crc)
-    return f"{crc:08x}"
+    return checksum(
+        text,
+        (
+            (f"{name} {tensor.dtype} {list(tensor.shape)}", _bytes_of(tensor))
+            for name, tensor in sorted(tensors.items())
+        ),
+    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

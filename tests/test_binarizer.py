@@ -268,6 +268,23 @@ def test_fewer_embeddings_than_a_batch_train_too() -> None:
     train_binarizer(TRAIN[0][:2], **FAST)
 
 
+def test_numbers_of_numpy_and_no_grad_do_not_matter(tmp_path: Path) -> None:
+    settings = {
+        **FAST,
+        "epochs": np.int64(1),
+        "seed": np.int32(3),
+        "bits": np.int64(1),
+        "learning_rate": np.float64(1e-3),
+    }
+    with torch.inference_mode():
+        one = train_binarizer(*TRAIN, checkpoint=tmp_path / "run", **settings)
+    with torch.no_grad():
+        other = train_binarizer(*TRAIN, **{**FAST, "epochs": 1, "seed": 3, "bits": 1})
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    RecurrentBinarizer(np.int64(8), np.int64(4), np.int64(2), np.int64(16), seed=np.int64(1)).save(tmp_path / "module")
+    assert RecurrentBinarizer.load(tmp_path / "module").config()["out_dims"] == 4
+
+
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     train_binarizer(*TRAIN, **{**FAST, "epochs": 1, "progress": True})
     assert "10/10" in capsys.readouterr().err

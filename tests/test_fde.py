@@ -152,7 +152,10 @@ def test_estimates_are_within_epsilon_below_the_chamfer_similarity() -> None:
 
 def test_matrices_are_seeded_saved_and_loaded(tmp_path: Path) -> None:
     matrices = FDEMatrices.random(8, repetitions=2, bits=3, projection_dim=3, final_dim=20, seed=1)
-    again = FDEMatrices.random(8, repetitions=2, bits=3, projection_dim=3, final_dim=20, seed=1)
+    dim, repetitions, bits, projection_dim = np.array([8, 2, 3, 3], np.int8)  # whose own products overflow
+    again = FDEMatrices.random(
+        dim, repetitions=repetitions, bits=bits, projection_dim=projection_dim, final_dim=20, seed=1
+    )
     for ours, theirs in zip(matrices.arrays(), again.arrays(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     matrices.save(tmp_path / "m.safetensors")
@@ -165,6 +168,11 @@ def test_matrices_are_seeded_saved_and_loaded(tmp_path: Path) -> None:
     save_file({"hyperplanes": np.zeros((8, 2, 3))}, tmp_path / "other", {"final_dim": "128"})
     with pytest.raises(ValueError, match="holds no FDE matrices: hyperplanes must be a float32 array of 3 axes, got"):
         FDEMatrices.load(tmp_path / "other")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    for place in range(len(whole) - 1, len(whole) - 400, -13):
+        (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"damaged is damaged|damaged holds no FDE matrices"):
+            FDEMatrices.load(tmp_path / "damaged")
     with pytest.raises(IsADirectoryError):
         matrices.save(tmp_path)
 

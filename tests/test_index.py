@@ -1,5 +1,6 @@
 """The flat index: every search equals a search of a plain dictionary of vectors, whatever came and went before."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -435,6 +436,7 @@ BAD_SEARCHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rescore_multiplier": -1}, ValueError, "rescore_multiplier must be at least 0, got -1"),
     ({"filter": [-1]}, ValueError, "filter must be between 0 and"),
     ({"filter": [0.5]}, TypeError, "filter must be integers, got float64"),
+    ({"filter": {1, 2}}, TypeError, "filter must be an array, a tensor or a sequence of integers, got set"),
     ({"filter": np.ones((2, 2), bool)}, ValueError, r"filter must have shape \[ids\], got \[2, 2\]"),
 ]
 
@@ -469,6 +471,38 @@ def test_another_backend_is_refused() -> None:
     index.add(VECTORS)
     with fastembed.use_backend("reference"), pytest.raises(ValueError, match="backend must be 'cpu'"):
         index.search(torch.from_numpy(QUERIES), 1)
+
+
+def test_integers_of_numpy_are_integers(tmp_path: Any) -> None:
+    index = BinaryIndex(np.int64(DIM), np.int16(2), "sdc", rescore="float32")
+    index.add(VECTORS)
+    assert_same(index.search(QUERIES, np.uint8(33), rescore_multiplier=np.uint8(8)), index.search(QUERIES, 33))
+    index.save(tmp_path / "index")
+    assert repr(BinaryIndex.load(tmp_path / "index")) == repr(index)
+
+
+FORKED = """
+import os, signal, sys
+sys.modules["torch"] = None
+import numpy as np
+import fastembed
+codes = np.random.default_rng(0).integers(0, 256, (100_000, 64), dtype=np.uint8)
+expected = fastembed.hamming_topk(codes[:64], codes, 3)
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+signal.alarm(20)
+for _ in range(3):
+    found = fastembed.hamming_topk(codes[:64], codes, 3)
+    assert all((one == other).all() for one, other in zip(found, expected))
+"""
+
+
+def test_the_child_of_a_fork_searches_like_its_parent() -> None:
+    """It has none of the threads that OpenMP started for its parent."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", FORKED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 WITHOUT_TORCH = """

@@ -303,6 +303,19 @@ def test_bad_settings(case: int) -> None:
         IVFBinaryIndex(DIM, **settings)
 
 
+def test_nprobe_may_be_set_to_what_an_index_may_have(tmp_path: Path) -> None:
+    """What is saved must be loaded again."""
+    index = filled({}, lists=np.int64(8))
+    index.nprobe = np.int64(8)
+    assert_same(index.search(QUERIES, 5), as_flat(index).search(QUERIES, 5))
+    index.save(tmp_path / "index")
+    assert IVFBinaryIndex.load(tmp_path / "index").nprobe == 8
+    with pytest.raises(ValueError, match="nprobe must be between 1 and 8, got 9"):
+        index.nprobe = 9
+    with pytest.raises(AttributeError):
+        index.lists = 9
+
+
 def test_bad_order_of_things(tmp_path: Path) -> None:
     index = IVFBinaryIndex(DIM, lists=8, nprobe=2)
     with pytest.raises(ValueError, match="train the index before rows are added"):

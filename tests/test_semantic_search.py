@@ -1,5 +1,7 @@
 """The drop-in for sentence-transformers' semantic_search."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,16 @@ def test_one_query_no_corpus_and_no_queries() -> None:
     for query in (QUERIES[0], [QUERIES[0]], QUERIES[0].tolist(), QUERIES[0].numpy()):
         assert semantic_search(query, list(CORPUS), top_k=3) == one
     assert semantic_search(QUERIES, CORPUS[:0]) == [[]] * 20
+    assert semantic_search(QUERIES, []) == [[]] * 20
     assert semantic_search(QUERIES[:0], CORPUS) == []
+
+
+def test_a_file_mapped_for_reading_is_a_corpus(tmp_path: Path) -> None:
+    np.save(tmp_path / "corpus.npy", CORPUS.numpy())
+    mapped = np.load(tmp_path / "corpus.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert semantic_search(QUERIES, mapped, top_k=np.uint8(99)) == semantic_search(QUERIES, CORPUS, top_k=99)
 
 
 def test_dot_products_of_unit_vectors_are_cosines() -> None:
@@ -63,6 +74,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query_embeddings": QUERIES * torch.nan}, ValueError, "query_embeddings must be finite"),
     ({"corpus_embeddings": CORPUS / 0}, ValueError, "corpus_embeddings must be finite"),
     ({"query_embeddings": "text"}, TypeError, "query_embeddings must be a NumPy array or a tensor, got str"),
+    ({"corpus_embeddings": CORPUS.to_sparse()}, TypeError, "corpus_embeddings must be dense, got a tensor of layout"),
     ({"score_function": "dot"}, ValueError, "score_function must be util.cos_sim or util.dot_score, got 'dot'"),
     ({"score_function": dot_score}, ValueError, "must be util.cos_sim unless all embeddings have unit length"),
     ({"corpus_embeddings": CORPUS.int()}, TypeError, "corpus_embeddings must be"),

@@ -34,7 +34,7 @@ class CodeIndex:
 
     def __init__(self, dim: int, bits: int, metric: str, rescore: str | None) -> None:
         self._codes = CodeFormat(dim, bits, metric)
-        self._vectors = None if rescore is None else VectorFormat(dim, rescore)
+        self._vectors = None if rescore is None else VectorFormat(self._codes.dim, rescore)
         self._state = State()
         self._writing = threading.Lock()
 
@@ -169,7 +169,7 @@ class CodeIndex:
 
     def split(self, count: int) -> list[Self]:
         """`count` indexes with the settings of this one that hold its rows, consecutive ids in each, in equal parts."""
-        check_integer("count", count, 1)
+        count = check_integer("count", count, 1)
         run, next_id = self._merged_run(), self._state.next_id
         parts = []
         every_id = run.id_array
@@ -189,9 +189,10 @@ class CodeIndex:
     ) -> tuple[Any, Any]:
         state = self._state  # all that this search sees
         _check_backend()
+        rescore_multiplier = check_integer("rescore_multiplier", rescore_multiplier, 0)
         given, vectors = _inputs.to_numpy("queries", queries), self._query_vectors(queries, vectors, rescore_multiplier)
         codes = self._codes.encode("queries", given)
-        check_k(k, state.live, "rows")
+        k = check_k(k, state.live, "rows")
         if vectors is not None and len(vectors) != len(codes["codes"]):
             raise ValueError(
                 f"vectors must have a row for each of the {len(codes['codes'])} queries, got {len(vectors)}"
@@ -224,7 +225,6 @@ class CodeIndex:
 
     def _query_vectors(self, queries: Any, vectors: Any, rescore_multiplier: int) -> np.ndarray | None:
         """The vectors to re-score with, or None for no re-scoring."""
-        check_integer("rescore_multiplier", rescore_multiplier, 0)
         if self._vectors is None or rescore_multiplier == 0:
             if vectors is not None:
                 raise ValueError("vectors must be None where nothing is re-scored")

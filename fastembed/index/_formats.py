@@ -43,10 +43,10 @@ class CodeFormat:
     metric: str
 
     def __post_init__(self) -> None:
-        check_integer("dim", self.dim, 1)
+        object.__setattr__(self, "dim", check_integer("dim", self.dim, 1))
         if self.metric not in METRICS:
             raise ValueError(f"metric must be 'hamming' or 'sdc', got {self.metric!r}")
-        check_integer("bits", self.bits, 1, checks.MAX_SDC_BITS)
+        object.__setattr__(self, "bits", check_integer("bits", self.bits, 1, checks.MAX_SDC_BITS))
         if self.metric == "hamming" and self.bits != 1:
             raise ValueError(f"bits must be 1 for metric 'hamming', got {self.bits}")
 

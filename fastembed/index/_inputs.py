@@ -88,7 +88,7 @@ def check_filter(allowed: Any) -> Filter | None:
         return None
     values = allowed.detach().cpu().numpy() if is_tensor(allowed) else np.asarray(allowed)
     if values.dtype != bool:
-        return Filter(None, np.unique(check_ids("filter", values)))
+        return Filter(None, np.unique(check_ids("filter", allowed)))
     if values.ndim != 1:
         raise ValueError(f"filter must have shape [ids], got {list(values.shape)}")
     return Filter(values, None)

@@ -57,18 +57,27 @@ class IVFBinaryIndex(CodeIndex):
         rescore: str | None = None,
     ) -> None:
         super().__init__(dim, bits, metric, rescore)
-        check_integer("lists", lists, 1)
+        self._lists = check_integer("lists", lists, 1)
         if centroids not in _CENTROIDS:
             raise ValueError(f"centroids must be 'binary' or 'float', got {centroids!r}")
-        nprobe = min(16, lists) if nprobe is None else nprobe
-        check_integer("nprobe", nprobe, 1, lists)
-        self.lists, self.nprobe = lists, nprobe
+        self.nprobe = min(16, lists) if nprobe is None else nprobe
         self._centroid_kind = centroids
         self._centroids: Centroids | None = None
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"IVFBinaryIndex({settings}): {len(self)} rows{'' if self.is_trained else ', not trained'}"
+
+    lists = property(lambda self: self._lists, doc="Number of lists.")
+
+    @property
+    def nprobe(self) -> int:
+        """Lists that a search looks into unless told otherwise; may be set, to 1 to `lists`."""
+        return self._nprobe
+
+    @nprobe.setter
+    def nprobe(self, nprobe: int) -> None:
+        self._nprobe = check_integer("nprobe", nprobe, 1, self.lists)
 
     @property
     def is_trained(self) -> bool:
@@ -152,9 +161,7 @@ class IVFBinaryIndex(CodeIndex):
         return self._range_search(queries, radius, filter, nprobe=self._checked_nprobe(nprobe))
 
     def _checked_nprobe(self, nprobe: int | None) -> int:
-        nprobe = self.nprobe if nprobe is None else nprobe
-        check_integer("nprobe", nprobe, 1, self.lists)
-        return nprobe
+        return self.nprobe if nprobe is None else check_integer("nprobe", nprobe, 1, self.lists)
 
     def _best_rows(
         self, state: State, queries: Any, codes: Columns, k: int, allowed: Filter | None, **how: Any

@@ -54,8 +54,10 @@ def semantic_search(
         TypeError, ValueError: an argument is not as above.
     """
     queries = finite_rows("query_embeddings", _rows(query_embeddings, one=True)).float()
-    check_integer("top_k", top_k, 1)
-    check_integer("rescore_multiplier", rescore_multiplier, 1)
+    top_k = check_integer("top_k", top_k, 1)
+    rescore_multiplier = check_integer("rescore_multiplier", rescore_multiplier, 1)
+    if isinstance(corpus_embeddings, list | tuple) and not corpus_embeddings:
+        return [[] for _ in queries]
     if isinstance(corpus_embeddings, BinaryIndex | IVFBinaryIndex):
         _check_score_function(score_function, queries)
         if len(corpus_embeddings) == 0:

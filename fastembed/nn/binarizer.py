@@ -1,6 +1,7 @@
 """RecurrentBinarizer: binary and few-bit codes learned from embeddings."""
 
 import os
+import warnings
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,16 +72,12 @@ class RecurrentBinarizer(nn.Module):
     ) -> None:
         super().__init__()
         out_dims = in_features if out_dims is None else out_dims
-        check_integer("in_features", in_features, 1)
-        check_integer("out_dims", out_dims, 1)
-        check_integer("bits", bits, 1, _MAX_BITS)
+        self.in_features = in_features = check_integer("in_features", in_features, 1)
+        self.out_dims = out_dims = check_integer("out_dims", out_dims, 1)
+        self.bits = bits = check_integer("bits", bits, 1, _MAX_BITS)
         hidden_dim = 2 * max(in_features, out_dims) if hidden_dim is None else hidden_dim
-        check_integer("hidden_dim", hidden_dim, 0)
-        check_integer("seed", seed, 0, MAX_SEED)
-        self.in_features = in_features
-        self.out_dims = out_dims
-        self.bits = bits
-        self.hidden_dim = hidden_dim
+        self.hidden_dim = hidden_dim = check_integer("hidden_dim", hidden_dim, 0)
+        seed = check_integer("seed", seed, 0, MAX_SEED)
         generator = torch.Generator().manual_seed(seed)
         project = _orthogonal(out_dims, in_features, generator)
         self.binarize = _Block(project, hidden_dim, generator)
@@ -313,7 +310,15 @@ def finite_rows(name: str, x: Any) -> Tensor:
     NaN or infinity."""
     are_tensors(**{name: x})
     check_array(name, x, 2, FLOATS)
-    tensor = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
+    if isinstance(x, Tensor):
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got a tensor of layout {x.layout}")
+        tensor = x.detach()
+    else:
+        with warnings.catch_warnings():
+            # Of an array that must not be written, such as a file mapped for reading. It is not.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.from_numpy(np.ascontiguousarray(x))
     check_finite(tensor, name)
     return tensor
 

@@ -183,8 +183,9 @@ def check_candidates(candidate_ids: Any, documents: int) -> None:
         raise IndexError(f"candidate_ids must be row numbers of the {documents} documents, got {wrong}")
 
 
-def check_k(k: Any, count: int, of: str = "codes") -> None:
+def check_k(k: Any, count: int, of: str = "codes") -> Any:
+    """k, as `check_integer` returns it."""
     if count == 0:
         check_integer("k", k, 1)
         raise ValueError(f"k must be at most the number of {of}, but there are none")
-    check_integer("k", k, 1, count)
+    return check_integer("k", k, 1, count)

@@ -4,7 +4,7 @@ tensors through a registered op."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import _native
-from .._atomic import replacing
+from .._atomic import checksum, replacing
 from .._checks import FLOATS, OFFSETS, are_tensors, check_array, check_integer, raise_not_finite
 from .._native import core, num_threads
 
@@ -77,13 +77,12 @@ class FDEMatrices:
         Raises:
             TypeError, ValueError: a number is no integer or outside its range.
         """
-        check_integer("dim", dim, 1)
-        check_integer("repetitions", repetitions, 1)
-        check_integer("bits", bits, 0, MAX_BITS)
+        dim = check_integer("dim", dim, 1)
+        repetitions = check_integer("repetitions", repetitions, 1)
+        bits = check_integer("bits", bits, 0, MAX_BITS)
         block_dim = dim
         if projection_dim is not None:
-            check_integer("projection_dim", projection_dim, 1, dim)
-            block_dim = projection_dim
+            block_dim = check_integer("projection_dim", projection_dim, 1, dim)
         length = (repetitions << bits) * block_dim
         if final_dim is not None:
             check_integer("final_dim", final_dim, 1, length)
@@ -149,7 +148,8 @@ class FDEMatrices:
         from safetensors.numpy import save
 
         tensors = {name: value for name, value in zip(_NAMES, self.arrays(), strict=True) if value is not None}
-        data = save(tensors, {"final_dim": str(self.final_dim)})
+        final_dim = str(self.final_dim)
+        data = save(tensors, {"final_dim": final_dim, "crc32": _checksum(final_dim, tensors)})
         with replacing(path) as file:
             file.write(data)
 
@@ -158,7 +158,7 @@ class FDEMatrices:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else; the message names it.
+            ValueError: the file holds something else, or is damaged; the message names it.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -172,9 +172,12 @@ class FDEMatrices:
             raise ValueError(f"{path} holds no FDE matrices: no hyperplanes or no final_dim in it")
         projections, buckets, signs = map(tensors.get, _NAMES[1:])
         try:
-            return cls(tensors["hyperplanes"], projections, buckets, signs, int(metadata["final_dim"]))
+            matrices = cls(tensors["hyperplanes"], projections, buckets, signs, int(metadata["final_dim"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no FDE matrices: {error}") from error
+        if metadata.get("crc32") != _checksum(metadata["final_dim"], tensors):
+            raise ValueError(f"{path} is damaged: its checksum does not match")
+        return matrices
 
 
 def fde_queries(
@@ -306,6 +309,11 @@ def _packed(tokens: Any, attention_mask: Any, cu_seqlens: Any, dim: int) -> tupl
 def _check_dim(tokens: Any, dim: int) -> None:
     if tokens.shape[-1] != dim:
         raise ValueError(f"tokens must have the {dim} dims of the matrices, got {tokens.shape[-1]}")
+
+
+def _checksum(final_dim: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Of the matrices there are, by name."""
+    return checksum(final_dim, ((f"{name} {value.shape}", value.tobytes()) for name, value in sorted(tensors.items())))
 
 
 def _check_matrix(name: str, value: Any, dtype: Any, ndim: int) -> None:

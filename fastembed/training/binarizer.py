@@ -19,6 +19,8 @@ from ..nn.binarizer import MAX_SEED, RecurrentBinarizer, finite_rows
 from .losses import contrastive_loss, neighbourhood_loss
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_binarizer(
     embeddings: np.ndarray | Tensor,
     positives: np.ndarray | Tensor | None = None,
@@ -147,6 +149,10 @@ class _Settings:
         check_number("momentum", self.momentum)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        # A checkpoint holds them as JSON, which does not take NumPy's numbers.
+        for name, value in asdict(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def assert_learned_queries_take_one_launch(dtype: torch.dtype, monkeypatch: pyte
         calls.append(args)
         return latent_attention(*args, **kwargs)
 
-    monkeypatch.setattr("fastembed.nn.latent.latent_attention", counted)
+    monkeypatch.setattr("fastembed.nn.latent.latents_as_queries.latent_attention", counted)
     with torch.no_grad():
         ours = module(x, mask)
         assert len(calls) == 1

@@ -1,14 +1,20 @@
-"""Which backend an op takes for a device and a dtype, and what is said of one that is missing."""
+"""Which backend an op takes for a device and a dtype, what is said of one that is missing, and forward mode."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from latent_models import folded_block
+from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastembed
 from fastembed import _native, backends
+from fastembed.nn import LatentAttentionPooling, QuantLinear
+from fastembed.ops.latent import latent_pool
 from fastembed.ops.latent_attention import _latent_attention
-from fastembed.ops.pooling import _pool_exits
+from fastembed.ops.pooling import _pool_exits, pool_exits
 
 
 @pytest.fixture
@@ -78,3 +84,30 @@ def test_what_is_said_of_a_backend_that_is_missing(monkeypatch: pytest.MonkeyPat
 def test_a_device_without_kernels_is_left_to_pytorch() -> None:
     assert chosen("cpu", torch.float32) == ("cpu", "cpu")
     assert chosen("mps", torch.float32) == ("reference", "reference")
+
+
+_linear = QuantLinear.from_linear(torch.nn.Linear(64, 8))
+_quantized_head = LatentAttentionPooling(64, 8, 2, 64).quantize().eval()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: pool_exits([x])[0][64],
+        lambda x: pool_exits([x], mode=["mean", "max"])[0][128],
+        _linear,
+        lambda x: latent_pool(**{**folded_block([4], dim=64), "x": x[0]})[0],
+        lambda x: _latent_attention(x[None], x[None], x[None], None, 1.0)[0],
+        lambda x: fastembed.pack_bits(x[0]),
+        _quantized_head,  # PyTorch's attention raises; the folded kernels would give zeros
+    ],
+    ids=["pool_exits", "pool_modes", "qlinear", "latent_pool", "latent_attention", "pack_bits", "quantized head"],
+)
+def test_forward_mode_raises_instead_of_giving_zeros(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 4, 64)
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="forward"), forward_ad.dual_level(), torch.no_grad():
+        call(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():  # what has no tangent is not concerned
+        assert not call(x).isnan().any()

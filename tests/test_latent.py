@@ -311,7 +311,7 @@ def test_bad_input() -> None:
 
 
 def test_gradients_are_those_of_the_released_computation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastembed.nn.latent._TRAINING_TILE", 4)
+    monkeypatch.setattr("fastembed.nn.latent.tokens_as_queries.TRAINING_TILE", 4)
     module, weights = _nv_embed()
     module.train()
     x, mask = _batch()
@@ -344,7 +344,7 @@ def test_gradients_are_those_of_the_released_computation(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("direction", ["tokens_q", "latents_q"])
 def test_gradcheck(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastembed.nn.latent._TRAINING_TILE", 3)
+    monkeypatch.setattr("fastembed.nn.latent.tokens_as_queries.TRAINING_TILE", 3)
     torch.manual_seed(0)
     reduce = "masked_mean" if direction == "tokens_q" else "mean_latents"
     module = LatentAttentionPooling(6, 3, 2, 4, direction=direction, reduce=reduce, mult=2).double()

@@ -3,7 +3,8 @@
 An op is one Python function per backend, all with the same signature, registered under one schema in the `fastembed::`
 namespace, with a fake kernel for tracing and a backward. Eager inference calls the chosen function directly: the
 dispatcher costs more than a small kernel. Everything else (torch.compile, export and trace, autograd, subclasses,
-functorch) goes through the registered op.
+functorch) goes through the registered op, except that forward-mode differentiation raises: a registered op has no place
+for a formula of its tangents, and without one they would silently be zeros.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import backends
@@ -70,6 +72,10 @@ class Op:
         tensors = _tensors(args)
         if is_plain_eager(tensors):
             return self._implementation_for(tensors[0])(*args)
+        if in_forward_mode() and any(_has_tangent(tensor) for tensor in tensors):
+            raise NotImplementedError(
+                f"fastembed::{self.name} has no forward-mode derivative (torch.func.jvp, jacfwd): use reverse mode"
+            )
         return self.overload(*args)
 
     def run(self, *args: Any) -> Any:
@@ -120,6 +126,8 @@ def is_plain_eager(tensors: Iterable[Any]) -> bool:
     """Whether an op on these tensors may skip the dispatcher: nothing is traced, recorded or transformed."""
     if _is_compiling() or _is_tracing() or _dispatch_modes() > 0 or _functorch_level() is not None:
         return False
+    if in_forward_mode():
+        return False
     grad_enabled = _is_grad_enabled()
     for tensor in tensors:
         kind = type(tensor)
@@ -128,6 +136,15 @@ def is_plain_eager(tensors: Iterable[Any]) -> bool:
         if (grad_enabled and tensor.requires_grad) or tensor.is_meta:
             return False
     return True
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents: inside torch.func.jvp or torch.autograd.forward_ad.dual_level."""
+    return not _is_compiling() and forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _tensors(args: Iterable[Any]) -> list[Any]:

@@ -431,6 +431,14 @@ def test_a_bias_that_learns_after_the_first_call() -> None:
     assert torch.equal(layer.bias.grad, torch.full((70,), 3.0))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_that_is_elsewhere_is_refused(bias: bool) -> None:
+    """By address alone, no kernel could tell."""
+    layer = QuantLinear(100, 70, bias=bias, device="meta")
+    with pytest.raises(ValueError, match="x must be on meta, where the weight is, got cpu"):
+        layer(torch.randn(3, 100))
+
+
 def test_reference_backend_can_be_forced() -> None:
     layer = QuantLinear.from_linear(make_linear())
     x = torch.randn(3, 100)
@@ -477,3 +485,7 @@ def test_bad_input() -> None:
         layer(torch.randn(3, 99))
     with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, got torch.int64"):
         layer(torch.ones(3, 100, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"residual must have shape \[3, 70\], got \[1, 70\]"):
+        layer(torch.randn(3, 100), torch.randn(1, 70))
+    with pytest.raises(TypeError, match=r"residual must be torch.float32, got torch.float64"):
+        layer(torch.randn(3, 100), torch.randn(3, 70).double())

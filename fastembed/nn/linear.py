@@ -200,8 +200,8 @@ class QuantLinear(nn.Module):
             residual = None if residual is None else _as_autocast(residual)
         # nn.Module.__getattr__ would cost as much as a small layer.
         buffers = self._buffers
-        if residual is None and qmatmul.runs_prepared(x, buffers["bias"]):
-            return self._prepare()(x)
+        if qmatmul.runs_prepared(x, buffers["bias"], residual):
+            return self._prepare().run(x, residual)
         _check_features(x, self.in_features)
         return qmatmul.qlinear(
             x,
@@ -220,17 +220,14 @@ class QuantLinear(nn.Module):
     def _prepare(self) -> qmatmul.Layer:
         """The layer's tensors as the kernels want them, checked again only when they changed."""
         buffers = self._buffers
-        codes, scales, zeros, bias = buffers["codes"], buffers["scales"], buffers["zeros"], buffers["bias"]
         layer = self._layer
-        if layer is not None and layer.is_of(codes, scales, zeros, bias, self.epilogue, self.activations):
+        if layer is not None and layer.is_of(buffers, self.epilogue, self.activations):
             return layer
-        assert codes is not None
-        assert scales is not None
-        self._layer = qmatmul.prepare(
-            codes,
-            scales,
-            zeros,
-            bias,
+        layer = qmatmul.prepare(
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.bias,
             bits=self.bits,
             group_size=self._features_per_group,
             in_features=self.in_features,
@@ -238,7 +235,8 @@ class QuantLinear(nn.Module):
             epilogue=self.epilogue,
             activations=self.activations,
         )
-        return self._layer
+        self._layer = layer if layer.is_lasting else None
+        return layer
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_layer": None}  # addresses mean nothing to a copy

@@ -25,7 +25,7 @@ Implementation = Callable[..., Any]
 _OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _NEVER_TENSORS = frozenset({type(None), bool, int, float, str, torch.dtype})
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
@@ -123,13 +123,15 @@ def _device_problem(backend: str, device: str) -> str | None:
 
 
 def is_plain_eager(tensors: Iterable[Any]) -> bool:
-    """Whether an op on these tensors may skip the dispatcher: nothing is traced, recorded or transformed."""
+    """Whether an op on these tensors, or Nones, may skip the dispatcher: nothing is traced, recorded or transformed."""
     if _is_compiling() or _is_tracing() or _dispatch_modes() > 0 or _functorch_level() is not None:
         return False
     if in_forward_mode():
         return False
     grad_enabled = _is_grad_enabled()
     for tensor in tensors:
+        if tensor is None:
+            continue
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
             return False

@@ -1,6 +1,6 @@
 """Low-bit linear layers: checks, schema, fake kernel, autograd and backend choice."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,13 @@ MAX_GROUP_FEATURES = 65536
 
 # As csrc/qmatmul/kernels.hpp numbers them.
 _NO_ZEROS, _CODE_ZEROS, _FRACTIONAL_ZEROS = range(3)
+
+# What the code that torch.compile generates takes its memory from: without the dispatcher, in half the time.
+_empty_strided = getattr(
+    torch._C._dynamo.guards,
+    "_empty_strided_cpu",
+    lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
+)
 
 
 def qlinear(
@@ -149,7 +156,7 @@ def _check(
 ) -> None:
     check_configuration(bits, group_size, epilogue, activations)
     if x.dtype not in DTYPE_CODES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+        raise wrong_dtype(x)
     if x.dim() == 0:
         raise wrong_features(x, codes.shape[1] * reference.QUAD)
     if x.device != codes.device:
@@ -191,12 +198,13 @@ class Layer:
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
+        self._strides = (max(1, out_features), 1)  # of the outputs of a batch of tokens
         self._epilogue = epilogue
         self._activations = activations
         self._tensors = (codes, scales, zeros, bias)
         self._addresses = [_address(tensor) for tensor in self._tensors]
         # A copy of a strided tensor would not follow its changes, so such a layer is prepared anew for every call.
-        self._is_lasting = all(tensor is None or tensor.is_contiguous() for tensor in self._tensors)
+        self.is_lasting = all(tensor is None or tensor.is_contiguous() for tensor in self._tensors)
         self._kept = [None if tensor is None else tensor.contiguous() for tensor in self._tensors]
         self.handle = core.QLinear(
             in_features,
@@ -216,45 +224,49 @@ class Layer:
 
     def is_of(
         self,
-        codes: Tensor | None,
-        scales: Tensor | None,
-        zeros: Tensor | None,
-        bias: Tensor | None,
+        buffers: Mapping[str, Tensor | None],
         epilogue: str | None,
         activations: str,
     ) -> bool:
-        own_codes, own_scales, own_zeros, own_bias = self._tensors
+        codes, scales, zeros, bias = self._tensors
         codes_at, scales_at, zeros_at, bias_at = self._addresses
         return (
-            codes is own_codes
-            and scales is own_scales
-            and zeros is own_zeros
-            and bias is own_bias
-            and own_codes.data_ptr() == codes_at
-            and own_scales.data_ptr() == scales_at
-            and (own_zeros is None or own_zeros.data_ptr() == zeros_at)
-            and (own_bias is None or own_bias.data_ptr() == bias_at)
+            buffers["codes"] is codes
+            and buffers["scales"] is scales
+            and buffers["zeros"] is zeros
+            and buffers["bias"] is bias
+            and codes.data_ptr() == codes_at
+            and scales.data_ptr() == scales_at
+            and (zeros is None or zeros.data_ptr() == zeros_at)
+            and (bias is None or bias.data_ptr() == bias_at)
             and epilogue == self._epilogue
             and activations == self._activations
-            and self._is_lasting
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The layer on an x that `runs_prepared` has passed, and on a checked residual."""
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer on an x, and a residual if there is one, that `runs_prepared` has passed."""
         stride = self.in_features
         shape = x.shape
         if not shape or shape[-1] != stride:
             raise wrong_features(x, stride)
-        if stride > 0 and x.is_contiguous():
-            rows, count = x, x.numel() // stride
+        dtype = DTYPE_CODES.get(x.dtype)
+        if dtype is None:
+            raise wrong_dtype(x)
+        if len(shape) == 2:
+            count = shape[0]
+            y = _empty_strided((count, self.out_features), self._strides, x.dtype)
         else:
-            rows = _as_rows(x)
-            count, stride = rows.shape[0], rows.stride(0)
-        y = x.new_empty(count, self.out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], self.out_features)
+            count = shape[:-1].numel()
+            y = x.new_empty(*shape[:-1], self.out_features)
+        if not x.is_contiguous():
+            x = _as_rows(x)
+            stride = x.stride(0)
+        address = 0
         if residual is not None:
+            _check_tensor("residual", residual, y.shape, x.dtype, x.device)
             residual = residual.contiguous()
-        address = 0 if residual is None else residual.data_ptr()
-        self.handle(rows.data_ptr(), DTYPE_CODES[x.dtype], count, stride, address, y.data_ptr(), get_num_threads())
+            address = residual.data_ptr()
+        self.handle(x.data_ptr(), dtype, count, stride, address, y.data_ptr(), get_num_threads())
         return y
 
 
@@ -271,8 +283,10 @@ def prepare(
     epilogue: str | None,
     activations: str,
 ) -> Layer:
-    """Check a layer's tensors, as in `qlinear`, once for many calls. Raises as `qlinear` does."""
+    """Check a layer's tensors, as in `qlinear`, once for many calls on the CPU. Raises as `qlinear` does."""
     check_configuration(bits, group_size, epilogue, activations)
+    if not codes.is_cpu:
+        raise ValueError(f"x must be on {codes.device}, where the weight is, got cpu")
     _check_weight(codes, scales, zeros, bits, group_size, out_features, in_features)
     _check_bias(bias, out_features, codes.device)
     return Layer(codes, scales, zeros, bias, bits, group_size, in_features, out_features, epilogue, activations)
@@ -293,14 +307,14 @@ def run_together(layers: Sequence[Layer], x: Tensor) -> tuple[Tensor, ...]:
     return outputs
 
 
-def runs_prepared(x: Tensor, bias: Tensor | None) -> bool:
+def runs_prepared(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> bool:
     """Whether x may go straight to a prepared layer: plain eager inference on the CPU, with no other backend forced."""
-    return (
-        x.is_cpu
-        and x.dtype in DTYPE_CODES
-        and is_plain_eager((x,) if bias is None else (x, bias))
-        and backends.requested_backend() in (None, "cpu")
-    )
+    return x.is_cpu and is_plain_eager((x, bias, residual)) and (backends.requested_backend() or "cpu") == "cpu"
+
+
+def wrong_dtype(x: Tensor) -> TypeError:
+    """The error for an x that no layer takes."""
+    return TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
 
 
 def wrong_features(x: Tensor, in_features: int) -> ValueError:
@@ -335,7 +349,7 @@ def _cpu(
 ) -> Tensor:
     _check(x, codes, scales, zeros, bias, residual, bits, group_size, out_features, epilogue, activations)
     layer = Layer(codes, scales, zeros, bias, bits, group_size, x.shape[-1], out_features, epilogue, activations)
-    return layer(x, residual)
+    return layer.run(x, residual)
 
 
 def _cuda(

@@ -176,10 +176,21 @@ def test_a_token_of_many_features_does_not_depend_on_its_batch(isa: str, bits: i
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 3, 300])
-def test_threads_do_not_change_results(isa: str, thread_counts: tuple[int, ...], rows: int, activations: str) -> None:
-    layer = make_layer(1024, 1100, activations=activations)
-    x = random_x(rows, 1024)
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [
+        (1, 1024, 1100),
+        (3, 1024, 1100),
+        (300, 1024, 1100),
+        (450, 4096, 64),  # three blocks of tokens or more, one of which may be quantised while another is multiplied
+        (2000, 16, 1100),  # outputs whose fresh pages are touched beforehand
+    ],
+)
+def test_threads_do_not_change_results(
+    isa: str, thread_counts: tuple[int, ...], rows: int, in_features: int, out_features: int, activations: str
+) -> None:
+    layer = make_layer(in_features, out_features, activations=activations)
+    x = random_x(rows, in_features)
     results = []
     for threads in thread_counts:
         torch.set_num_threads(threads)

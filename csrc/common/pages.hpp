@@ -12,6 +12,7 @@ namespace fastembed {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
 constexpr uintptr_t page_bytes = 4096;
+constexpr uintptr_t huge_page_bytes = uintptr_t{2} << 20;
 // Less memory is mostly some that the allocator has handed out before.
 constexpr int64_t bytes_for_huge_pages = 8 << 20;
 
@@ -23,6 +24,17 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page_bytes * page_bytes;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page_bytes - 1) / page_bytes * page_bytes;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// How many huge pages memory of this many bytes can touch, wherever it begins.
+inline int64_t huge_pages_of(int64_t bytes) { return bytes / static_cast<int64_t>(huge_page_bytes) + 2; }
+
+// Has the system clear one huge page of fresh memory, the `index`th that [data, data + bytes) touches, if there are so
+// many: by writing a zero to it, so the memory must hold nothing yet.
+inline void touch_huge_page(void* data, int64_t bytes, int64_t index) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t page = (begin / huge_page_bytes + static_cast<uintptr_t>(index)) * huge_page_bytes;
+  if (page < end && begin < end) *reinterpret_cast<volatile char*>(page > begin ? page : begin) = 0;
 }
 
 // Whether most of the memory has never been written to, by a sample of its pages. False where nobody can tell.
@@ -41,6 +53,8 @@ inline bool is_fresh(const void* data, int64_t bytes) {
 #else
 
 inline void ask_for_huge_pages(void*, int64_t) {}
+inline int64_t huge_pages_of(int64_t) { return 0; }
+inline void touch_huge_page(void*, int64_t, int64_t) {}
 inline bool is_fresh(const void*, int64_t) { return false; }
 
 #endif

@@ -9,10 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
-
-#if defined(__SANITIZE_THREAD__)
 #include <vector>
-#endif
 
 namespace fastembed {
 
@@ -109,27 +106,42 @@ void parallel_for_in_runs(int64_t tasks, int threads, const Body& body) {
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
-// parallel_for over `first_tasks` and then over `second_tasks`, none of which begins before all of the first are done,
-// by one team: waking a team twice would cost as much as a small second round.
+// Rounds of parallel_for over `first_tasks` and then over `second_tasks`, by one team: waking a team takes as long as a
+// small round. second(round, ..) begins when all of first(round, ..) is done, and first(round, ..) when all of
+// second(round - 2, ..) is, so that a thread that finds nothing left to do in a round goes on with the next: what the
+// first tasks write needs room for two rounds.
 template <class First, class Second>
-void parallel_for_both(int64_t first_tasks, const First& first, int64_t second_tasks, const Second& second,
-                       int threads) {
-  const int64_t tasks = first_tasks + second_tasks;
-  const int team = team_size(tasks, threads);
-  std::atomic<int64_t> next{0}, done{0};
-  // Whoever waits here waits for running threads only: all of the first tasks have been taken by then.
+void parallel_rounds(int64_t rounds, int64_t first_tasks, const First& first, int64_t second_tasks,
+                     const Second& second, int team) {
+  if (team == 1) {
+    for (int64_t round = 0; round < rounds; ++round) {
+      for (int64_t task = 0; task < first_tasks; ++task) first(round, task);
+      for (int64_t task = 0; task < second_tasks; ++task) second(round, task);
+    }
+    return;
+  }
+  const int64_t per_round = first_tasks + second_tasks, tasks = rounds * per_round;
+  std::atomic<int64_t> next{0};
+  std::vector<std::atomic<int64_t>> done_first(rounds), done_second(rounds);
+  // Whoever waits here waits for running threads only: all of the tasks in question have been taken by then.
+  const auto wait_for = [](const std::atomic<int64_t>& done, int64_t count) {
+    for (Wait wait; done.load(std::memory_order_acquire) < count;) wait.pause();
+  };
   const auto take = [&](int64_t) {
     for (int64_t task = next++; task < tasks; task = next++) {
-      if (task < first_tasks) {
-        first(task);
-        done.fetch_add(1, std::memory_order_release);
+      const int64_t round = task / per_round, i = task % per_round;
+      if (i < first_tasks) {
+        if (round > 1) wait_for(done_second[round - 2], second_tasks);
+        first(round, i);
+        done_first[round].fetch_add(1, std::memory_order_release);
       } else {
-        for (Wait wait; done.load(std::memory_order_acquire) < first_tasks;) wait.pause();
-        second(task - first_tasks);
+        wait_for(done_first[round], first_tasks);
+        second(round, i - first_tasks);
+        done_second[round].fetch_add(1, std::memory_order_release);
       }
     }
   };
-  team > 1 ? run_team(team, team, take) : take(0);
+  run_team(team, team, take);
 }
 
 }  // namespace fastembed

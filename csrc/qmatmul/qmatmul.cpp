@@ -119,19 +119,40 @@ class Call {
     }
   }
 
-  void run() const {
+  void run() {
     for (int64_t i = 0; i < count_; ++i) {
-      ask_for_huge_pages(projections_[i].y, x_.rows * layer(i).out_features * size_of(x_.dtype));
+      const int64_t bytes = x_.rows * row_bytes(i);
+      ask_for_huge_pages(projections_[i].y, bytes);
+      if (threads_ > 1 && bytes >= bytes_for_huge_pages) any_fresh_ |= is_fresh(projections_[i].y, bytes);
     }
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
-    const int64_t row_bytes = (any_floats_ ? 4 * stride : stride) + 4 * multiples_per_row_;
-    const int64_t most = std::max(rows_per_task, tokens_budget / row_bytes);
+    const int64_t token_bytes = (any_floats_ ? 4 * stride : stride) + 4 * multiples_per_row_;
+    const int64_t most = std::max(rows_per_task, tokens_budget / token_bytes);
     const int64_t block = divide_up(x_.rows, divide_up(x_.rows, most));
-    for (int64_t first = 0; first < x_.rows; first += block) {
-      const Rows rows{first, std::min(block, x_.rows - first)};
-      run_block(rows, Activated(*this, rows.count, stride));
-    }
+    const int64_t blocks = divide_up(x_.rows, block);
+    const int team = useful_threads(block * in_features() * panels_ * panel_width, multiply_grain, threads_);
+    // Of two blocks under way at a time, each has room of its own.
+    const int64_t room = Activated::bytes_of(*this, block, stride), rooms = team > 1 && blocks > 1 ? 2 : 1;
+    thread_local Buffer buffer;
+    char* rooms_at = buffer.at_least(rooms * room);
+    const Activated activated[] = {{*this, block, stride, rooms_at},
+                                   {*this, block, stride, rooms_at + (rooms - 1) * room}};
+    const int quantizing = useful_threads(block * in_features(), quantize_grain, threads_);
+    const int64_t chunk = divide_up(block, quantizing * tasks_per_thread);
+    const int64_t chunks = divide_up(block, chunk);
+    const int64_t pages = any_fresh_ && team > 1 ? pages_of(block) : 0;
+    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
+    const int64_t ranges = std::min(wanted, divide_up(block, rows_per_task));
+    const auto rows_of = [&](int64_t round) { return Rows{round * block, std::min(block, x_.rows - round * block)}; };
+    parallel_rounds(
+        blocks, chunks + pages,
+        [&](int64_t round, int64_t task) {
+          const Rows rows = rows_of(round);
+          task < chunks ? activate(rows, task * chunk, chunk, activated[round % 2]) : touch(rows, task - chunks);
+        },
+        panels_ * ranges,
+        [&](int64_t round, int64_t task) { multiply(rows_of(round), task, ranges, team, activated[round % 2]); }, team);
   }
 
  private:
@@ -140,7 +161,7 @@ class Call {
     int64_t count;
   };
 
-  // Tokens as the kernels take them, in a buffer of the thread that calls.
+  // Tokens as the kernels take them.
   struct Activated {
     int64_t stride;
     float* values;
@@ -151,16 +172,19 @@ class Call {
 
     uint16_t* halves() const { return reinterpret_cast<uint16_t*>(values); }
 
-    Activated(const Call& call, int64_t rows, int64_t stride) : stride(stride) {
-      const int64_t floats = call.any_floats_ ? rows * stride : 0;
-      const int64_t bytes = call.any_int8_ ? rows * stride : 0;
-      const int64_t words = rows * (call.multiples_per_row_ + 1 + call.sums_per_row_);
-      thread_local Buffer buffer;
-      values = reinterpret_cast<float*>(buffer.at_least(4 * floats + bytes + 4 * words));
-      codes = reinterpret_cast<int8_t*>(values + floats);
-      multiples = reinterpret_cast<int32_t*>(codes + bytes);
+    // In bytes_of(call, rows, stride) bytes, aligned to 64.
+    Activated(const Call& call, int64_t rows, int64_t stride, char* at) : stride(stride) {
+      values = reinterpret_cast<float*>(at);
+      codes = reinterpret_cast<int8_t*>(values + (call.any_floats_ ? rows * stride : 0));
+      multiples = reinterpret_cast<int32_t*>(codes + (call.any_int8_ ? rows * stride : 0));
       scales = reinterpret_cast<float*>(multiples + rows * call.multiples_per_row_);
       sums = reinterpret_cast<int32_t*>(scales + rows);
+    }
+
+    static int64_t bytes_of(const Call& call, int64_t rows, int64_t stride) {
+      const int64_t row = (call.any_floats_ ? 4 * stride : 0) + (call.any_int8_ ? stride : 0) +
+                          4 * (call.multiples_per_row_ + 1 + call.sums_per_row_);
+      return divide_up(rows * row, 64) * 64;
     }
   };
 
@@ -177,17 +201,22 @@ class Call {
   }
 
   const Layer& layer(int64_t i) const { return *projections_[i].layer; }
+  int64_t row_bytes(int64_t i) const { return layer(i).out_features * size_of(x_.dtype); }
   int64_t in_features() const { return layer(0).in_features; }
 
-  void run_block(const Rows& rows, const Activated& activated) const {
-    const int quantizing = useful_threads(rows.count * in_features(), quantize_grain, threads_);
-    const int64_t chunk = divide_up(rows.count, quantizing * tasks_per_thread);
-    const int team = useful_threads(rows.count * in_features() * panels_ * panel_width, multiply_grain, threads_);
-    const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
-    const int64_t ranges = std::min(wanted, divide_up(rows.count, rows_per_task));
-    parallel_for_both(
-        divide_up(rows.count, chunk), [&](int64_t task) { activate(rows, task * chunk, chunk, activated); },
-        panels_ * ranges, [&](int64_t task) { multiply(rows, task, ranges, team, activated); }, team);
+  // Threads that come to a fresh page together clear it each for itself, and all but one of them in vain. Panels of the
+  // same rows share their pages, so these are cleared one by one beforehand.
+  int64_t pages_of(int64_t rows) const {
+    int64_t pages = 0;
+    for (int64_t i = 0; i < count_; ++i) pages = std::max(pages, huge_pages_of(rows * row_bytes(i)));
+    return pages;
+  }
+
+  void touch(const Rows& rows, int64_t page) const {
+    for (int64_t i = 0; i < count_; ++i) {
+      char* y = static_cast<char*>(projections_[i].y) + rows.first * row_bytes(i);
+      touch_huge_page(y, rows.count * row_bytes(i), page);
+    }
   }
 
   // `count` tokens of a block from its row `first` on, as far as there are so many.
@@ -330,12 +359,13 @@ class Call {
   int64_t multiples_per_row_ = 0;
   bool any_int8_ = false;
   bool any_floats_ = false;
+  bool any_fresh_ = false;  // of the outputs, in large calls
 };
 
 }  // namespace
 
 void qlinear(const Input& x, const Projection* projections, int64_t count, int threads) {
-  const Call call(x, projections, count, threads);
+  Call call(x, projections, count, threads);
   if (x.rows != 0) call.run();
 }
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,15 +18,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder, which is synced and renamed; then the folder is synced.
     Whenever the process or the machine stops, `path` is the old file or the new one, whole. A temporary file that a
-    killed process left behind is deleted by the next one to write the same path.
+    killed process left behind is deleted by the next one to write the same path. The new file has the permissions of
+    the old one, and is refused where `path` is a device or a pipe.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "Neither a file nor the name of a new one", os.fspath(path))
     _delete_abandoned(target)
     file = _temporary(target)
     try:
         with file:
+            # What nobody else might read stays so. Some file systems have no permissions to set.
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import fastembed
 from fastembed import BinaryIndex, SDCCodes
+from fastembed.index import _formats
 
 DIM = 20
 RNG = np.random.default_rng(0)
@@ -229,6 +230,22 @@ def test_range_search_finds_what_is_near(format: dict[str, Any]) -> None:
     for empty in (index.range_search(QUERIES[:0], 1), BinaryIndex(DIM, **format).range_search(QUERIES, 1)):
         assert empty[0].tolist() == [0] * len(empty[0])
         assert (len(empty[1]), len(empty[2])) == (0, 0)
+
+
+def test_a_wide_range_search_asks_again_only_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the rows asked for first, in as many calls of the kernels as their results need."""
+    monkeypatch.setattr(_formats, "RESULTS_AT_A_TIME", 500)
+    x = RNG.standard_normal((900, DIM)).astype(np.float32)
+    x[100:400] = x[0]
+    index = BinaryIndex(DIM, 3, "sdc")
+    index.add(x)
+    values, ids = index.search(x[:20], 900)
+    for radius in (0.99, 0.2, -0.3, -2.0):
+        for allowed in (None, range(50, 700)):
+            inside = (values >= np.float32(radius)) & ((allowed is None) | np.isin(ids, allowed or []))
+            lims, found, numbers = index.range_search(x[:20], radius, filter=allowed)
+            np.testing.assert_array_equal(np.diff(lims), inside.sum(axis=1))
+            assert_same((found, numbers), (values[inside], ids[inside]))
 
 
 def test_bad_radius() -> None:

@@ -159,6 +159,20 @@ def test_a_new_file_has_the_permissions_of_one(tmp_path: Path) -> None:
     assert (tmp_path / "index").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_an_old_file_keeps_its_permissions(tmp_path: Path) -> None:
+    filled("hamming").save(tmp_path / "index")
+    (tmp_path / "index").chmod(0o600)
+    filled("hamming").save(tmp_path / "index")
+    assert (tmp_path / "index").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_no_place_for_an_index(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="Neither a file nor the name of a new one"):
+        filled("hamming").save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("index")
     filled("hamming").save(tmp_path / "link")

@@ -16,6 +16,8 @@ from ..ops.search import SDCCodes
 from ._inputs import check_vectors, row_chunks
 from ._rows import Columns
 
+# Results of one call of a kernel, at most.
+RESULTS_AT_A_TIME = 1 << 22
 # Rows that a search within a cosine asks for first; four times as many while they do not reach out of it.
 _FIRST_WITHIN = 64
 _WORST_COSINE, _WORST_DISTANCE = np.float32(-np.inf), np.int32(2**31 - 1)
@@ -120,15 +122,28 @@ class CodeFormat:
         if self.metric == "hamming":
             return ops.hamming_range(queries["codes"], columns["codes"], int(radius), ids=rows, ranges=ranges)
         most = len(columns["codes"]) if rows is None else len(rows)
-        k = min(_FIRST_WITHIN, most)
-        while True:
-            values, places = self.topk(queries, columns, k, rows=rows, ranges=ranges)
-            inside = (values >= radius) & (places >= 0)
-            if k == most or not inside[:, -1].any():
-                break
-            k = min(4 * k, most)
-        lims = np.concatenate([[0], np.cumsum(inside.sum(axis=1))])
-        return lims, values[inside], places[inside]
+        count, k = len(queries["codes"]), min(_FIRST_WITHIN, most)
+        numbers, values, places = [np.empty(0, np.int64)], [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+        left = np.arange(count)
+        while len(left):
+            not_done = []
+            for some in np.array_split(left, -(-len(left) * k // RESULTS_AT_A_TIME)):
+                few = {name: column[some] for name, column in queries.items()}
+                found, found_rows = self.topk(
+                    few, columns, k, rows=rows, ranges=None if ranges is None else ranges[some]
+                )
+                inside = (found >= radius) & (found_rows >= 0)
+                done = ~inside[:, -1] | (k == most)
+                inside &= done[:, None]
+                numbers.append(np.repeat(some, inside.sum(axis=1)))
+                values.append(found[inside])
+                places.append(found_rows[inside])
+                not_done.append(some[~done])
+            left, k = np.concatenate(not_done), min(4 * k, most)
+        number, value, place = (np.concatenate(parts) for parts in (numbers, values, places))
+        order = np.argsort(number, kind="stable")
+        lims = np.concatenate([[0], np.cumsum(np.bincount(number, minlength=count))])
+        return lims, value[order], place[order]
 
     def check_radius(self, radius: Any) -> None:
         if self.metric == "hamming":

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._formats import CodeFormat
+from ._formats import RESULTS_AT_A_TIME, CodeFormat
 from ._rows import Columns, Filter, Run, State, selected_rows
 
-# Results of one call of a kernel, at most.
-_RESULTS = 1 << 22
 # Rows beyond those wanted that a search of lists asks for, to see where the last tie ends.
 _BEYOND = 16
 # From a list to the places of its first row and the one past its last in `Run.starts`.
@@ -83,7 +81,7 @@ def _topk_of_lists(
     cut = np.nonzero((values[:, k - 1] == values[:, -1]) & (places[:, -1] >= 0))[0]
     values[cut, k:], places[cut, k:] = codes.worst, -1
     lists = ranges.shape[1]
-    step = max(1, _RESULTS // (lists * k))
+    step = max(1, RESULTS_AT_A_TIME // (lists * k))
     for start in range(0, len(cut), step):
         some = cut[start : start + step]
         repeated = {name: np.repeat(column[some], lists, axis=0) for name, column in queries.items()}

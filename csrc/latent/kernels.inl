@@ -1,13 +1,16 @@
 // The kernels of one level. A file *_<level>.cpp includes this inside its own anonymous namespace after defining
 //   vector_bytes   of its registers
 //   tile_rows      so that two accumulators per row, and what they are made of, fill the register file
-// and FASTEMBED_DOT_BF16(sum, x, w) where the level has an instruction for pairs of bfloat16 products.
-// The loops outside `multiply` are written for the compiler to vectorise under the level's flags.
+// and, where the level has an instruction for it,
+//   FASTEMBED_DOT_BF16(sum, x, w)       pairs of bfloat16 products
+//   FASTEMBED_LOOK_UP(table, segments)  of qmatmul::gate_segments entries
+// The loops that are not on vectors here are those that the compiler vectorises under the level's flags.
 
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int lanes = vector_bytes / 4;
 typedef float Vec __attribute__((vector_size(vector_bytes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(vector_bytes), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(vector_bytes), aligned(4), may_alias));
 
 // Partial sums that do not depend on the width of the registers.
@@ -43,13 +46,27 @@ bool normalize(const float* row, int64_t features, float eps, float* normalized)
   return finite;
 }
 
+INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+INLINE void store(float* to, Vec values) { *reinterpret_cast<Vec*>(to) = values; }
+
+// The first `count` < lanes elements; the others are `fill`.
+INLINE Vec load_some(const float* from, int64_t count, float fill) {
+  Vec values = Vec{} + fill;
+  for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+  return values;
+}
+INLINE void store_some(float* to, Vec values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+}
+
 // e^x for x <= 0; zero below -87.
-INLINE float exponential(float x) {
-  const float bounded = x > -87.f ? x : -87.f;
+INLINE Vec exponential(Vec x) {
+  const Vec bounded = x > -87.f ? x : Vec{} - 87.f;
   // x = n ln 2 + r with r in [-ln 2 / 2, ln 2 / 2], ln 2 in two parts of which the first is short.
-  const int n = static_cast<int>(bounded * 1.44269504f - 0.5f);
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float power = 1.f / 5040;
+  const Ints n = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Ints);
+  const Vec exponent = __builtin_convertvector(n, Vec);
+  const Vec r = (bounded - exponent * 0.693359375f) + exponent * 2.12194440e-4f;
+  Vec power = Vec{} + 1.f / 5040;
   power = power * r + 1.f / 720;
   power = power * r + 1.f / 120;
   power = power * r + 1.f / 24;
@@ -57,16 +74,21 @@ INLINE float exponential(float x) {
   power = power * r + 0.5f;
   power = power * r + 1.f;
   power = power * r + 1.f;
-  float scale;
-  const int bits = (n + 127) << 23;
-  __builtin_memcpy(&scale, &bits, sizeof scale);
-  return x > -87.f ? power * scale : 0.f;
+  const Ints bits = (n + 127) << 23;
+  return x > -87.f ? power * reinterpret_cast<Vec>(bits) : Vec{};
 }
 
 void softmax(float* row, int64_t count) {
-  float largest = row[0];
-  for (int64_t i = 1; i < count; ++i) largest = row[i] > largest ? row[i] : largest;
-  for (int64_t i = 0; i < count; ++i) row[i] = exponential(row[i] - largest);
+  const int64_t whole = count - count % lanes, rest = count - whole;
+  Vec most = load_some(row + whole, rest, row[0]);
+  for (int64_t i = 0; i < whole; i += lanes) {
+    const Vec values = load(row + i);
+    most = values > most ? values : most;
+  }
+  float largest = most[0];
+  for (int i = 1; i < lanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  for (int64_t i = 0; i < whole; i += lanes) store(row + i, exponential(load(row + i) - largest));
+  if (rest > 0) store_some(row + whole, exponential(load_some(row + whole, rest, largest) - largest), rest);
   double sums[partials] = {};
   int64_t i = 0;
   for (; i + partials <= count; i += partials) {
@@ -172,24 +194,43 @@ void multiply(const void* packed, const void* panel, int64_t features, DType dty
   }
 }
 
-INLINE float gelu(float x, const float* table) {
-  const float magnitude = x < 0.f ? -x : x;
-  const float scaled = magnitude * qmatmul::gate_segments_per_unit;
-  const float position = scaled < qmatmul::gate_segments - 1 ? scaled : qmatmul::gate_segments - 1;
-  const int segment = static_cast<int>(position);
-  const float offset = position - segment;
-  float value = table[(qmatmul::gate_coefficients - 1) * qmatmul::gate_segments + segment];
+INLINE Vec look_up(const float* table, Ints segments) {
+#if defined(FASTEMBED_LOOK_UP)
+  return FASTEMBED_LOOK_UP(table, segments);
+#else
+  Vec values;
+  for (int i = 0; i < lanes; ++i) values[i] = table[segments[i]];
+  return values;
+#endif
+}
+
+INLINE Vec gelu(Vec x, const float* table) {
+  const Vec magnitude = x < 0.f ? -x : x;
+  const Vec scaled = magnitude * qmatmul::gate_segments_per_unit;
+  const Vec last = Vec{} + (qmatmul::gate_segments - 1);
+  const Vec position = scaled < last ? scaled : last;
+  const Ints segments = __builtin_convertvector(position, Ints);
+  const Vec offset = position - __builtin_convertvector(segments, Vec);
+  Vec value = look_up(table + (qmatmul::gate_coefficients - 1) * qmatmul::gate_segments, segments);
   for (int k = qmatmul::gate_coefficients - 2; k >= 0; --k) {
-    value = value * offset + table[k * qmatmul::gate_segments + segment];
+    value = value * offset + look_up(table + k * qmatmul::gate_segments, segments);
   }
-  return (x > 0.f ? x : 0.f) - value;
+  return (x > 0.f ? x : Vec{}) - value;
 }
 
 void add_gated(const float* values, const float* gates, const float* value_bias, const float* gate_bias, int64_t count,
                const float* table, double* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += (values[i] + value_bias[i]) * gelu(gates[i] + gate_bias[i], table);
+  int64_t i = 0;
+  float products[lanes];
+  for (; i + lanes <= count; i += lanes) {
+    store(products, (load(values + i) + load(value_bias + i)) * gelu(load(gates + i) + load(gate_bias + i), table));
+    for (int k = 0; k < lanes; ++k) sums[i + k] += products[k];
   }
+  const int64_t rest = count - i;
+  if (rest == 0) return;
+  const Vec gate = load_some(gates + i, rest, 0.f) + load_some(gate_bias + i, rest, 0.f);
+  store(products, (load_some(values + i, rest, 0.f) + load_some(value_bias + i, rest, 0.f)) * gelu(gate, table));
+  for (int64_t k = 0; k < rest; ++k) sums[i + k] += products[k];
 }
 
 void add_row(const float* row, int64_t count, double* sums) {

@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include "latent/kernels.hpp"
 #include "qmatmul/kernels.hpp"
 
@@ -7,6 +9,10 @@ namespace {
 
 constexpr int vector_bytes = 64;
 constexpr int tile_rows = 14;
+
+#define FASTEMBED_LOOK_UP(table, segments)                                                                  \
+  reinterpret_cast<Vec>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), reinterpret_cast<__m512i>(segments), \
+                                               _mm512_loadu_ps((table) + 16)))
 
 #include "latent/kernels.inl"
 

@@ -15,6 +15,10 @@ constexpr int tile_rows = 14;
                                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x))), \
                                          reinterpret_cast<__m512bh>(w)))
 
+#define FASTEMBED_LOOK_UP(table, segments)                                                                  \
+  reinterpret_cast<Vec>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), reinterpret_cast<__m512i>(segments), \
+                                               _mm512_loadu_ps((table) + 16)))
+
 #include "latent/kernels.inl"
 
 }  // namespace

@@ -197,6 +197,20 @@ def test_hamming_topk_reads_strided_rows_in_place() -> None:
                 assert_same(hamming_topk(s, t, 7), expected)
 
 
+def test_hamming_topk_reads_rows_at_any_address(isa: str) -> None:
+    # Rows of whole cache lines are read by lines, wherever they begin in one; what lies around them is no part of them.
+    rng = np.random.default_rng(0)
+    memory = rng.integers(0, 256, 16_384, np.uint8)
+    start = -memory.ctypes.data % 64
+    for width in (64, 128, 192, 256):
+        for offset in (0, 1, 16, 32, 63):
+            for stride in (width, width + 64):
+                rows = np.lib.stride_tricks.as_strided(memory[start + offset :], (19, width), (stride, 1))
+                for count in (1, 8, 19):
+                    q = random_codes(rng, 1, width)
+                    assert_same(hamming_topk(q, rows[:count], count), hamming_oracle(q, rows[:count], count))
+
+
 def test_hamming_topk_reads_a_memory_map(tmp_path) -> None:
     rng = np.random.default_rng(0)
     q, c = random_codes(rng, 3, 32), random_codes(rng, 1000, 32)

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -188,11 +187,13 @@ Interval rabitq(Scratch& scratch, int bits) {
     return {0, 0};
   }
   const int half = 1 << (bits - 1);
-  best_steps(scratch, half - 1);
+  if (bits > 1) best_steps(scratch, half - 1);  // else there are none
   double product = 0;
   for (size_t d = 0; d < values.size(); ++d) {
     product += scratch.magnitudes[d] * (scratch.steps[d] + 0.5);
-    scratch.codes[d] = values[d] > 0 ? half + scratch.steps[d] : half - 1 - scratch.steps[d];
+    // Below zero all bits turned over. Without a branch: signs are as good as random.
+    const int turned = static_cast<int>(values[d] > 0) - 1;
+    scratch.codes[d] = ((half + scratch.steps[d]) ^ turned) & (2 * half - 1);
   }
   const double step = squares / product;
   return {step * (0.5 - half), step};
@@ -284,11 +285,12 @@ Interval signs_of(Scratch& scratch) {
 void pack(const std::vector<int>& codes, int bits, uint8_t* planes) {
   const auto dim = static_cast<int64_t>(codes.size());
   const int64_t plane_bytes = (dim + 7) / 8;
-  std::memset(planes, 0, bits * plane_bytes);
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int plane = 0; plane < bits; ++plane) {
-      const int bit = codes[d] >> (bits - 1 - plane) & 1;
-      planes[plane * plane_bytes + d / 8] |= static_cast<uint8_t>(bit << (7 - d % 8));
+  for (int plane = 0; plane < bits; ++plane, planes += plane_bytes) {
+    const int shift = bits - 1 - plane;
+    for (int64_t d = 0; d < dim; d += 8) {
+      int byte = 0;
+      for (int64_t j = 0; j < std::min<int64_t>(8, dim - d); ++j) byte |= (codes[d + j] >> shift & 1) << (7 - j);
+      planes[d / 8] = static_cast<uint8_t>(byte);
     }
   }
 }

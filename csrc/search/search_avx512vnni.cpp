@@ -71,20 +71,19 @@ using Levels = LevelKernels<Dwords>;
 
 // One query against rows as they lie, eight rows at a time. The popcounts of a row, at most 64 for each of up to three
 // words, fit a byte per 64-bit lane: shifted by a byte per row they merge into one register, which vpermb turns so that
-// each lane holds the eight counts of one row, for vpsadbw to sum. Rows from `rows` on repeat the first.
-template <int words>
-inline __m512i distances_of_eight(const uint8_t* row, int64_t stride, int64_t rows, const __m512i (&query)[3],
-                                  __mmask64 last_mask) {
+// each lane holds the eight counts of one row, for vpsadbw to sum. Rows from `rows` on repeat the first. `load(row, w)`
+// reads a word.
+template <int words, class Load>
+inline __m512i distances_of_eight(const uint8_t* row, int64_t stride, int64_t rows, const __m512i (&query)[words],
+                                  const Load& load) {
   __m512i merged = _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const uint8_t* const code = row + (i < rows ? i * stride : 0);
-    __m512i counts =
-        _mm512_popcnt_epi64(_mm512_xor_si512(load_bytes(code + 64 * (words - 1), last_mask), query[words - 1]));
+    __m512i counts = _mm512_popcnt_epi64(_mm512_xor_si512(load(code, 0), query[0]));
 #pragma GCC unroll 2
-    for (int w = 0; w < words - 1; ++w) {
-      const __m512i word = _mm512_xor_si512(_mm512_loadu_si512(code + 64 * w), query[w]);
-      counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(word));
+    for (int w = 1; w < words; ++w) {
+      counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_xor_si512(load(code, w), query[w])));
     }
     merged = _mm512_or_si512(merged, _mm512_slli_epi64(counts, 8 * i));
   }
@@ -129,16 +128,43 @@ inline void collect(const Rows& codes, uint32_t first_id, Candidates& candidates
 template <int words>
 void scan_short_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
   const __mmask64 last_mask = first_bytes(codes.bytes - 64 * (words - 1));
-  __m512i query_words[3] = {};
+  __m512i query_words[words];
   for (int w = 0; w < words; ++w) {
     query_words[w] = load_bytes(query + 64 * w, w == words - 1 ? last_mask : ~__mmask64{0});
   }
   collect(codes, first_id, candidates, [&](const uint8_t* row, int64_t rows) {
-    return distances_of_eight<words>(row, codes.stride, rows, query_words, last_mask);
+    return distances_of_eight(row, codes.stride, rows, query_words, [&](const uint8_t* code, int w) {
+      return w == words - 1 ? load_bytes(code + 64 * w, last_mask) : _mm512_loadu_si512(code + 64 * w);
+    });
+  });
+}
+
+// Rows as long as `words` cache lines that all begin at the same place in a line, not at its start: NumPy's arrays
+// begin 16 bytes behind it. No load straddles two lines: one word has what there is of the row in its first line and in
+// its last, the others a line each, and the query is turned the same way.
+template <int words>
+void scan_rows_of_lines(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
+  const auto before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(codes.data) % 64);  // the row, in its first line
+  const __mmask64 last = first_bytes(before), first = ~last;
+  uint8_t turned[64 * words];
+  for (int64_t i = 0; i < 64 * words; ++i) turned[(i + before) % (64 * words)] = query[i];
+  __m512i query_words[words];
+  for (int w = 0; w < words; ++w) query_words[w] = _mm512_loadu_si512(turned + 64 * w);
+  collect(codes, first_id, candidates, [&](const uint8_t* row, int64_t rows) {
+    return distances_of_eight(row, codes.stride, rows, query_words, [&](const uint8_t* code, int w) {
+      const uint8_t* const line = code - before + 64 * w;
+      return w == 0 ? _mm512_mask_loadu_epi8(load_bytes(line, first), last, line + 64 * words)
+                    : _mm512_load_si512(line);
+    });
   });
 }
 
 void scan_rows(const Rows& codes, uint32_t first_id, const uint8_t* query, Candidates& candidates) {
+  // A load of 64 bytes is two of 32, which may lie in two lines.
+  if (codes.stride % 64 == 0 && reinterpret_cast<uintptr_t>(codes.data) % 32 != 0) {
+    if (codes.bytes == 128) return scan_rows_of_lines<2>(codes, first_id, query, candidates);
+    if (codes.bytes == 192) return scan_rows_of_lines<3>(codes, first_id, query, candidates);
+  }
   if (codes.bytes <= 64) return scan_short_rows<1>(codes, first_id, query, candidates);
   if (codes.bytes <= 128) return scan_short_rows<2>(codes, first_id, query, candidates);
   if (codes.bytes <= 192) return scan_short_rows<3>(codes, first_id, query, candidates);

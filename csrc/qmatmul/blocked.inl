@@ -96,10 +96,12 @@ using UnpackBlock = void (*)(const Panel&, const Block&);
 template <class Rows>
 using MultiplyTile = void (*)(const Panel&, const Block&, const Rows&, int64_t row, float* totals);
 
-// `multiply_tile_of` has a function per number of tokens.
+// `multiply_tile_of` has a function per number of tokens; so may `unpack_and_multiply_of`, for some of them, whose
+// functions take the place of unpacking and multiplying the first tile.
 template <class Rows>
 void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& output, void* scratch, const Cut& cut,
-                     UnpackBlock unpack_block, const MultiplyTile<Rows>* multiply_tile_of) {
+                     UnpackBlock unpack_block, const MultiplyTile<Rows>* multiply_tile_of,
+                     const MultiplyTile<Rows>* unpack_and_multiply_of = nullptr) {
   Block block;
   block.weights = scratch;
   block.scales = static_cast<float*>(scratch) + cut.quads * block_columns * cut.bytes_per_weight;
@@ -112,6 +114,9 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
   // Tiles of equal height, as nearly as may be: a low one would wait for its few sums.
   const int64_t tiles = (tokens.rows + tile_rows - 1) / tile_rows;
   const int64_t height = tokens.rows / tiles, higher = tokens.rows % tiles;
+  const int64_t first_height = height + (higher > 0 ? 1 : 0);
+  const MultiplyTile<Rows> multiply_first =
+      unpack_and_multiply_of == nullptr ? nullptr : unpack_and_multiply_of[first_height];
   const int64_t bands = (output.columns + block_columns - 1) / block_columns;
   const int64_t blocks = panel.quads == 0 ? 1 : (panel.quads + cut.quads - 1) / cut.quads;
   const int64_t steps = bands * tiles * (cut.groups == 0 ? blocks : panel.groups);
@@ -125,12 +130,13 @@ void multiply_blocks(const Panel& panel, const Rows& tokens, const Output& outpu
       block.quads = last ? panel.quads - block.first_quad : cut.quads;
       block.first = i == 0;
       block.plain = last && plain ? &output : nullptr;
-      unpack_block(panel, block);
+      if (multiply_first == nullptr) unpack_block(panel, block);
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t rows = height + (tile < higher ? 1 : 0);
         float* sums = totals + (waiting ? row * block_columns : 0);
         if (last) prefetch_outputs(output, block.column, row, rows);
-        multiply_tile_of[rows](panel, block, tokens, row, sums);
+        (tile == 0 && multiply_first != nullptr ? multiply_first : multiply_tile_of[rows])(panel, block, tokens, row,
+                                                                                           sums);
         if (last && !plain) finish({sums, rows, block_columns, row, block.column}, scales_of(tokens, row), output);
         row += rows;
       }

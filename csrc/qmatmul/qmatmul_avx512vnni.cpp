@@ -324,6 +324,51 @@ INLINE Rest rest_of(const Panel& panel) {
   return has_zeros_apart(panel.bits, panel.steps.kind) ? Rest::zeros : Rest::nothing;
 }
 
+// The parts of a tile's product that both ways to go about it share.
+template <int Rows>
+INLINE void begin_group(const int32_t* sums, int64_t groups, __m512i (&dot)[Rows][tile_vectors]) {
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    const int32_t sum = sums[r * groups];
+    UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = _mm512_set1_epi32(-128 * sum);
+  }
+}
+
+template <int Rows>
+INLINE void multiply_quad(const __m512i (&w)[tile_vectors], const int8_t* quads, int64_t stride,
+                          __m512i (&dot)[Rows][tile_vectors]) {
+  UNROLL for (int r = 0; r < Rows; ++r) {
+    const __m512i a = load_quad(quads + r * stride);
+    UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
+  }
+}
+
+template <int Rows>
+INLINE void end_group(const Block& block, int64_t group, const __m512i (&dot)[Rows][tile_vectors],
+                      __m512 (&total)[Rows][tile_vectors]) {
+  UNROLL for (int t = 0; t < tile_vectors; ++t) {
+    const __m512 scales = _mm512_load_ps(block.scales + group * block_columns + t * tile_width);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
+    }
+  }
+}
+
+template <int Rows>
+INLINE void add_shifts(const Block& block, int64_t group, const int32_t* sums, int64_t groups,
+                       __m512 (&total)[Rows][tile_vectors]) {
+  UNROLL for (int t = 0; t < tile_vectors; ++t) {
+    const __m512 shifts = _mm512_load_ps(block.shifts + group * block_columns + t * tile_width);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      total[r][t] = multiply_add(broadcast(static_cast<float>(sums[r * groups])), shifts, total[r][t]);
+    }
+  }
+}
+
+// 128 - zero in every byte of a column's lane.
+INLINE __m512i byte_offsets(__m512i zeros) {
+  return _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros), _mm512_set1_epi32(0x01010101));
+}
+
 template <int Bits>
 void unpack_block(const Panel& panel, const Block& block) {
   const Unpacker<Bits> unpack(block.column);
@@ -342,10 +387,7 @@ void unpack_block(const Panel& panel, const Block& block) {
         _mm512_store_si512(block.upper_zeros + at, _mm512_srli_epi32(zeros, 4));
       }
       if (rest == Rest::shifts) _mm512_store_ps(block.shifts + at, load_shifts(panel, group, column));
-      // 128 - zero in every byte of a column's lane.
-      offsets[t] = rest == Rest::zeros ? _mm512_setzero_si512()
-                                       : _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(128), zeros),
-                                                            _mm512_set1_epi32(0x01010101));
+      offsets[t] = rest == Rest::zeros ? _mm512_setzero_si512() : byte_offsets(zeros);
     }
     if constexpr (Bits == 8) continue;  // bytes already, which are used where they are
     for (int64_t n = panel.quads_in(group); n > 0; --n) {
@@ -357,6 +399,51 @@ void unpack_block(const Panel& panel, const Block& block) {
     }
   }
 }
+
+// unpack_block and the tile that comes first, together: unpacking is done by ports that leave the products alone.
+template <int Bits, int Rows>
+void unpack_and_multiply(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
+  const Unpacker<Bits> unpack(block.column);
+  const bool shifted = panel.is_shifted();
+  uint8_t* bytes = static_cast<uint8_t*>(block.weights);
+  const uint8_t* tile = panel.codes + (block.first_quad * 4 + block.column / tile_width) * 8 * Bits;
+  const int8_t* quads = tokens.codes + row * tokens.stride + block.first_quad * quad;
+  const int32_t* sums = tokens.sums + row * panel.groups + block.first_group;
+  __m512 total[Rows][tile_vectors];
+  begin_tile(block, totals, total);
+  for (int64_t i = 0; i * panel.group_quads < block.quads; ++i) {
+    block.ahead->fetch();
+    const int64_t group = block.first_group + i;
+    __m512i offsets[tile_vectors];
+    UNROLL for (int t = 0; t < tile_vectors; ++t) {
+      const int64_t column = block.column + t * tile_width, at = i * block_columns + t * tile_width;
+      _mm512_store_ps(block.scales + at, load_scales(panel, group, column));
+      if (shifted) _mm512_store_ps(block.shifts + at, load_shifts(panel, group, column));
+      offsets[t] = byte_offsets(load_zeros(panel, group, column));
+    }
+    __m512i dot[Rows][tile_vectors];
+    begin_group(sums + i, panel.groups, dot);
+    for (int64_t n = panel.quads_in(group); n > 0; --n) {
+      __m512i w[tile_vectors];
+      UNROLL for (int t = 0; t < tile_vectors; ++t) {
+        w[t] = _mm512_add_epi8(unpack(tile + t * 8 * Bits), offsets[t]);
+        _mm512_store_si512(bytes + t * 64, w[t]);
+      }
+      multiply_quad(w, quads, tokens.stride, dot);
+      tile += 4 * 8 * Bits;
+      bytes += quad * block_columns;
+      quads += quad;
+    }
+    end_group(block, i, dot, total);
+    if (shifted) add_shifts(block, i, sums + i, panel.groups, total);
+  }
+  end_tile(block, row, tokens.scales + row, total, totals);
+}
+
+// For the heights that the first tile of enough tokens may have.
+template <int Bits>
+constexpr MultiplyTile<Tokens> unpack_and_multiply_of[tile_rows + 1] = {
+    nullptr, nullptr, nullptr, nullptr, nullptr, unpack_and_multiply<Bits, 5>, unpack_and_multiply<Bits, 6>};
 
 template <int Rows, Rest rest>
 void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens, int64_t row, float* totals) {
@@ -376,10 +463,7 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       for (; n > 0; --n) {
         __m512i w[tile_vectors];
         UNROLL for (int t = 0; t < tile_vectors; ++t) w[t] = _mm512_loadu_si512(bytes + t * 64);
-        UNROLL for (int r = 0; r < Rows; ++r) {
-          const __m512i a = load_quad(quads + r * tokens.stride);
-          UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = add_products(dot[r][t], w[t], a);
-        }
+        multiply_quad(w, quads, tokens.stride, dot);
         bytes += step;
         quads += quad;
       }
@@ -405,23 +489,11 @@ void multiply_tile(const Panel& panel, const Block& block, const Tokens& tokens,
       }
       multiply_quads(count - share * Rows);
     } else {
-      UNROLL for (int r = 0; r < Rows; ++r) {
-        const int32_t sum = sums[r * panel.groups + group];
-        UNROLL for (int t = 0; t < tile_vectors; ++t) dot[r][t] = _mm512_set1_epi32(-128 * sum);
-      }
+      begin_group(sums + group, panel.groups, dot);
       multiply_quads(count);
     }
-    UNROLL for (int t = 0; t < tile_vectors; ++t) {
-      const __m512 scales = _mm512_load_ps(block.scales + at + t * tile_width);
-      UNROLL for (int r = 0; r < Rows; ++r) {
-        total[r][t] = multiply_add(_mm512_cvtepi32_ps(dot[r][t]), scales, total[r][t]);
-        if constexpr (rest == Rest::shifts) {
-          const __m512 sum = broadcast(static_cast<float>(sums[r * panel.groups + group]));
-          const __m512 shifts = _mm512_load_ps(block.shifts + at + t * tile_width);
-          total[r][t] = multiply_add(sum, shifts, total[r][t]);
-        }
-      }
-    }
+    end_group(block, group, dot, total);
+    if constexpr (rest == Rest::shifts) add_shifts(block, group, sums + group, panel.groups, total);
   }
   end_tile(block, row, tokens.scales + row, total, totals);
 }
@@ -453,7 +525,9 @@ void multiply_bits(const Panel& panel, const Tokens& tokens, const Output& outpu
   const MultiplyTile<Tokens>* of_rows = rest == Rest::zeros    ? multiply_tile_of<Rest::zeros>
                                         : rest == Rest::shifts ? multiply_tile_of<Rest::shifts>
                                                                : multiply_tile_of<Rest::nothing>;
-  multiply_blocks(panel, tokens, output, scratch, cut_by_groups(panel, 1), unpack_block<Bits>, of_rows);
+  const MultiplyTile<Tokens>* first_of_rows = nullptr;
+  if constexpr (Bits != 8) first_of_rows = unpack_and_multiply_of<Bits>;
+  multiply_blocks(panel, tokens, output, scratch, cut_by_groups(panel, 1), unpack_block<Bits>, of_rows, first_of_rows);
 }
 
 // ---- in floats ------------------------------------------------------------------------------------------------------

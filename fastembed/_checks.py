@@ -3,14 +3,11 @@
 Arrays and tensors are checked alike, by the attributes they share; PyTorch need not be installed.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from . import _native, backends
-
-Layer = TypeVar("Layer")
 
 INTEGERS = (int, np.integer) if _native.torch is None else (int, np.integer, _native.torch.SymInt)
 
@@ -107,25 +104,3 @@ def check_finite(x: Any, name: str = "x") -> None:
     """Raise ValueError naming the first row of a tensor [N, D] that has a NaN or infinity."""
     bad = (~x.isfinite().all(dim=1)).nonzero()
     raise_not_finite(int(bad[0]) if len(bad) else -1, name)
-
-
-def check_exits(exits: Any, layer_of: Callable[[Any], Layer]) -> tuple[tuple[Layer, int], ...]:
-    """Exits as pairs (layer, dim), of which no two are alike; `layer_of` checks and reads the layer of one."""
-    if not isinstance(exits, (list, tuple)) or not exits:
-        raise ValueError(f"exits must be a list of at least one (layer, dim), got {exits!r}")
-    checked: list[tuple[Layer, int]] = []
-    for exit in exits:
-        if not isinstance(exit, (list, tuple)) or len(exit) != 2 or type(exit[1]) is not int:
-            raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-        if (pair := (layer_of(exit), exit[1])) in checked:
-            raise ValueError(f"exits must not repeat, got {pair} twice")
-        checked.append(pair)
-    return tuple(checked)
-
-
-def one_layer(exit: Any) -> int:
-    """The layer of an exit of one layer."""
-    if type(exit[0]) is not int:
-        raise TypeError(f"exits must be pairs of ints (layer, dim), got {exit!r}")
-    layer: int = exit[0]
-    return layer

@@ -2,9 +2,7 @@
 
 import json
 import os
-import threading
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from ._atomic import replacing
 from ._safetensors import open_safetensors, write_safetensors
 from .integrations import surgery
+from .integrations.libraries import library_of
+from .integrations.skeletons import build_skeleton, write_skeleton
 from .nn import QuantLinear
 from .swap import plan_use
 
@@ -30,7 +30,6 @@ _ENTRIES: tuple[tuple[str, type, Any], ...] = (
     ("tied", dict, str),
     ("pooling", bool, None),
 )
-_building = threading.Lock()
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -58,11 +57,11 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError("model must have quantised layers: call fastembed.quantize(model, ...) first")
     poolings = {name for name, module in places.items() if type(module).__name__ == "FusedPooling"}
     if poolings:  # files hold the modules that they replaced; loading replaces these anew
-        absorbed = {name: by for name, by in absorbed.items() if _beside(name, by) not in poolings}
+        absorbed = {name: by for name, by in absorbed.items() if surgery.sibling(name, by) not in poolings}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    library = _library_of(model)
-    _write_skeleton(model, library, folder, poolings)
+    library = library_of(model)
+    write_skeleton(model, library, folder, poolings)
     first: dict[int, str] = {}
     tied, tensors = {}, {}
     for name, tensor in _tensors_of(model):
@@ -115,7 +114,7 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
     layers = {name: _empty_layer(name, entry) for name, entry in settings["layers"].items()}
     tensors = open_safetensors(folder / _TENSORS_FILE)
     if model is None:
-        model = _build_skeleton(settings, folder)
+        model = build_skeleton(settings["library"], settings["class"], folder)
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := [name for name in (*layers, *settings["absorbed"]) if name not in modules]:
         raise ValueError(f"model must have the layers of the file, but has no {unknown[0]}")
@@ -223,147 +222,3 @@ def _check_tensors(
             raise ValueError(f"{name} must be {tensor.dtype}, got {found.dtype} in the file")
     if unknown := sorted(set(tensors) - set(expected)):
         raise ValueError(f"the file must hold tensors of the model only, got {unknown[0]}")
-
-
-def _library_of(model: nn.Module) -> str:
-    if hasattr(type(model), "preprocess") and isinstance(model, nn.Sequential):
-        return "sentence-transformers"
-    return "transformers" if hasattr(type(model), "push_to_hub") and hasattr(model, "config") else "torch"
-
-
-def _beside(name: str, other: str) -> str:
-    """The full name of a module's sibling."""
-    parent, _, _ = name.rpartition(".")
-    return f"{parent}.{other}" if parent else other
-
-
-def _write_skeleton(model: nn.Module, library: str, folder: Path, poolings: Set[str]) -> None:
-    """What the library builds the model from: all that its own saving writes, but no weights of transformers models."""
-    if library == "torch":
-        return
-    from transformers import PreTrainedModel
-
-    encoders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    # sentence-transformers' Dense and the like.
-    projections = [
-        module
-        for module in model.modules()
-        if hasattr(type(module), "save_torch_weights") and any(isinstance(m, QuantLinear) for m in module.children())
-    ]
-    # A swapped model's own methods write the original instead.
-    overridden = [
-        (module, name, module.__dict__.pop(name))
-        for module in model.modules()
-        for name in ("save", "save_pretrained")
-        if name in module.__dict__
-    ]
-    try:
-        for encoder in encoders:
-            encoder.__dict__["save_pretrained"] = _ConfigOnly(encoder)
-        for projection in projections:
-            projection.__dict__["save_torch_weights"] = _nothing
-        with _plain_poolings(model, poolings):
-            model.save_pretrained(str(folder))  # type: ignore[operator]
-    finally:
-        for encoder in encoders:
-            encoder.__dict__.pop("save_pretrained", None)
-        for projection in projections:
-            projection.__dict__.pop("save_torch_weights", None)
-        for module, name, method in overridden:
-            module.__dict__[name] = method
-
-
-@contextmanager
-def _plain_poolings(model: nn.Module, names: Set[str]) -> Iterator[None]:
-    """Inside, sentence-transformers' own Pooling and Normalize in the places of the fused poolings of these names."""
-    if not names:
-        yield
-        return
-    from .integrations.sentence_transformers import plain_modules
-
-    modules = dict(model.named_modules(remove_duplicate=False))
-    plain = {name: plain_modules(modules[name]) for name in names}
-    changed = []
-    for parent, name, path, child in list(surgery.places(model)):
-        if path in names:
-            changed.append((parent, name, child))
-            parent._modules[name], _ = plain[path]
-        elif isinstance(child, surgery.Absorbed) and (pooling := _beside(path, child.by)) in names:
-            changed.append((parent, name, child))
-            _, parent._modules[name] = plain[pooling]
-    try:
-        yield
-    finally:
-        for parent, name, child in changed:
-            parent._modules[name] = child
-
-
-class _ConfigOnly:
-    """Stands in for a transformers model's save_pretrained."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
-
-    def __call__(self, folder: str, **_: Any) -> None:
-        # from_pretrained chooses classes by this, and the model's own saving would have set it.
-        self.encoder.config.architectures = [type(self.encoder).__name__]
-        self.encoder.config.save_pretrained(folder)
-
-
-def _build_skeleton(settings: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The model without weights, all its tensors on the meta device."""
-    if settings["library"] == "torch":
-        raise ValueError(f"model must be given to load a {settings['class']} into, got None")
-    import transformers
-
-    if settings["library"] == "transformers":
-        architecture = getattr(transformers, settings["class"], None)
-        if architecture is None:
-            raise ValueError(f"model must be given: transformers has no class {settings['class']}")
-        with torch.device("meta"):
-            return architecture(transformers.AutoConfig.from_pretrained(folder))
-    import sentence_transformers
-    from sentence_transformers.base.modules.module import Module
-
-    # A CrossEncoder or SparseEncoder; a user's own class is built as what it extends.
-    build: Any = getattr(sentence_transformers, settings["class"], None)
-    if not (isinstance(build, type) and issubclass(build, nn.Sequential)):
-        build = sentence_transformers.SentenceTransformer
-    with _without_weights(transformers.PreTrainedModel, Module):
-        return build(str(folder), device="meta", local_files_only=True)
-
-
-@contextmanager
-def _without_weights(base: type, module: type) -> Iterator[None]:
-    """Inside, this thread builds models from their configurations alone, transformers' on the meta device.
-
-    sentence-transformers calls `from_pretrained` of transformers models (`base`) and `load_torch_weights` of its own
-    modules (`module`) by itself. Other threads get the methods as they are, and wait to do the same.
-    """
-    thread = threading.get_ident()
-    with _building:
-        from_pretrained, load_weights = base.__dict__["from_pretrained"], module.__dict__["load_torch_weights"]
-
-        def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return from_pretrained.__get__(None, cls)(*args, **kwargs)
-            with torch.device("meta"):
-                return cls(kwargs["config"])
-
-        def if_there(cls: Any, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Any:
-            file = Path(model_name_or_path, subfolder, "model.safetensors")
-            if threading.get_ident() == thread and kwargs.get("model") is not None and not file.exists():
-                return kwargs["model"]
-            return load_weights.__get__(None, cls)(model_name_or_path, subfolder, **kwargs)
-
-        base.from_pretrained = classmethod(from_config)  # type: ignore[attr-defined]
-        module.load_torch_weights = classmethod(if_there)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            base.from_pretrained = from_pretrained  # type: ignore[attr-defined]
-            module.load_torch_weights = load_weights  # type: ignore[attr-defined]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for the saving of weights that the quantised file holds."""

@@ -5,20 +5,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_exits, one_layer
+from ._exits import LayerExit, check_exits, check_in_model, one_layer
 from .integrations.backbones import find_backbone, stream_layers
 from .ops.pooling import pool_exits
 
 
 def dense_exits(
     model: nn.Module,
-    exits: Sequence[tuple[int, int]],
+    exits: Sequence[LayerExit],
     *,
     normalize: bool = True,
     final_norm: bool = False,
     layers: str | None = None,
     **inputs: Any,
-) -> dict[tuple[int, int], Tensor]:
+) -> dict[LayerExit, Tensor]:
     """Embeddings of every token or image patch, for late interaction and for dense prediction.
 
     Each is read once, the moment its layer has run, and comes out truncated and normalised; no hidden states are kept,
@@ -45,16 +45,13 @@ def dense_exits(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     backbone = find_backbone(model, layers)
     depth = len(backbone.layers)
+    checked = check_exits(exits, one_layer)
+    check_in_model(checked, backbone.widths)
     dims: dict[int, list[int]] = {}
-    for layer, dim in check_exits(exits, one_layer):
-        if not 0 <= layer <= depth:
-            raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
-        width = backbone.widths[layer]
-        if not 1 <= dim <= width:
-            raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
+    for layer, dim in checked:
         dims.setdefault(layer, []).append(dim)
     norm = backbone.final_norm
-    embeddings: dict[tuple[int, int], Tensor] = {}
+    embeddings: dict[LayerExit, Tensor] = {}
 
     def receive(layer: int, hidden: Tensor) -> None:
         if layer not in dims:
@@ -69,4 +66,4 @@ def dense_exits(
         embeddings.update({(layer, dim): rows.view(batch, tokens, dim) for dim, rows in pooled[0].items()})
 
     stream_layers(backbone, inputs, max(dims), receive)
-    return {(layer, dim): embeddings[layer, dim] for layer, dim in exits}
+    return {(layer, dim): embeddings[layer, dim] for layer, dim in checked}

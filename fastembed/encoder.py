@@ -1,6 +1,5 @@
 """MultiExitEncoder: embeddings from several layers of a model in one forward pass, pooled as the layers run."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -8,9 +7,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_exits, check_integer
+from ._checks import check_integer
+from ._exits import (
+    Exit,
+    check_exits,
+    check_heads,
+    check_in_model,
+    check_mixes,
+    commutes,
+    head_width,
+    last_layer,
+    layer_or_layers,
+    layers_of,
+    mix_name,
+)
+from .integrations import surgery
 from .integrations.backbones import find_backbone, stream_layers, watch_layers
 from .integrations.batches import Tokenizer, batches_by_length
+from .integrations.libraries import is_sentence_transformer
 from .integrations.prompts import valid_tokens
 from .nn.mix import LayerMix
 from .ops._pooling_checks import check_modes, flat_mask
@@ -19,14 +33,8 @@ from .ops.pooling import finish_pooled, output_columns, pool_exits
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# A layer, or several whose pooled vectors are mixed, and a number of dims.
-Exit = tuple[int | tuple[int, ...], int]
-
 # As sentence-transformers names them, and the dtype in which `pool_exits` writes them.
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "ubinary": torch.uint8}
-
-# Weights that sum to 1 let an affine head act on the pooled vector instead of on every token.
-_AFFINE_MODES = ("mean", "cls", "lasttoken", "weightedmean")
 
 
 class MultiExitEncoder(nn.Module):
@@ -116,24 +124,17 @@ class MultiExitEncoder(nn.Module):
             raise TypeError(f"select must be a function of input_ids, got {type(select).__name__}")
         self.select = select
         self._backbone = backbone = find_backbone(model, layers)
+        self.heads = nn.ModuleDict(check_heads(heads, backbone.widths))
+        head_widths = {
+            int(layer): head_width(head, layer, backbone.widths[int(layer)]) for layer, head in self.heads.items()
+        }
         depth = len(backbone.layers)
-        self.heads = nn.ModuleDict(_check_heads(heads, backbone.widths))
-        widths = dict(enumerate(backbone.widths))
-        widths |= {int(layer): _head_width(head, layer, widths[int(layer)]) for layer, head in self.heads.items()}
-        whole = [(depth, modes * widths[depth])]
-        self.exits = check_exits(whole if exits is None else exits, _layer_or_layers)
-        for layer, dim in self.exits:
-            if not all(0 <= one <= depth for one in _layers(layer)):
-                raise ValueError(f"exits must name layers 0 (the embeddings) to {depth}, got {(layer, dim)}")
-            of_layers = [backbone.widths[one] for one in layer] if isinstance(layer, tuple) else [widths[layer]]
-            if len(set(of_layers)) > 1:
-                raise ValueError(f"exits must mix layers of one width, got {(layer, dim)}, of {of_layers} features")
-            width = modes * of_layers[0]
-            if not 1 <= dim <= width:
-                raise ValueError(f"exits must have dims of 1 to {width} at layer {layer}, got {(layer, dim)}")
+        whole = [(depth, modes * head_widths.get(depth, backbone.hidden_size))]
+        self.exits = check_exits(whole if exits is None else exits, layer_or_layers)
+        check_in_model(self.exits, backbone.widths, head_widths, modes)
         if idle := {int(layer) for layer in self.heads} - {layer for layer, _ in self.exits}:
             raise ValueError(f"heads must belong to layers with an exit, got one for layer {min(idle)}")
-        self.mixes = nn.ModuleDict(_check_mixes(mixes, [layer for layer, _ in self.exits]))
+        self.mixes = nn.ModuleDict(check_mixes(mixes, [layer for layer, _ in self.exits]))
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer, max_length)
 
     def forward(
@@ -165,7 +166,7 @@ class MultiExitEncoder(nn.Module):
         pooled: dict[Exit, Tensor] = {}
         selected = None if self.select is None else _selected(self.select, inputs)
         pool = self._pooler(wanted, pooled, inputs.get("attention_mask"), selected, prompt_length, out_dtype)
-        stream_layers(self._backbone, inputs, _last_layer(wanted), pool)
+        stream_layers(self._backbone, inputs, last_layer(wanted), pool)
         return {exit: pooled[exit] for exit in wanted}
 
     @contextmanager
@@ -195,7 +196,7 @@ class MultiExitEncoder(nn.Module):
         wanted = self._choose(exits)
         pooled: dict[Exit, Tensor] = {}
         pool = self._pooler(wanted, pooled, attention_mask, None, prompt_length, None)
-        with watch_layers(self._backbone, _last_layer(wanted), pool):
+        with watch_layers(self._backbone, last_layer(wanted), pool):
             yield pooled
         if missing := [exit for exit in wanted if exit not in pooled]:
             raise RuntimeError(f"{type(self.model).__name__} must run inside the block of observe: {missing} not seen")
@@ -218,7 +219,7 @@ class MultiExitEncoder(nn.Module):
         for layer, dim in wanted:
             dims.setdefault(layer, []).append(dim)
         to_mix: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in dims if isinstance(layers, tuple)}
-        needed = {layer for layers in dims for layer in _layers(layers)}
+        needed = {layer for layers in dims for layer in layers_of(layers)}
         norm, depth = self._backbone.final_norm, len(self._backbone.layers)
 
         def pool(layer: int, hidden: Tensor) -> None:
@@ -294,7 +295,7 @@ class MultiExitEncoder(nn.Module):
         target = device if convert_to_tensor else torch.device("cpu")
         shapes = {exit: (len(several), output_columns(exit[1], out_dtype)) for exit in wanted}
         results = {exit: torch.empty(shape, dtype=out_dtype, device=target) for exit, shape in shapes.items()}
-        with self._evaluating(), torch.inference_mode():
+        with surgery.evaluating(self), torch.inference_mode():
             for rows, inputs in batches_by_length(
                 self._tokenizer, several, prompt, batch_size, device, show_progress_bar
             ):
@@ -332,7 +333,7 @@ class MultiExitEncoder(nn.Module):
         if self._tokenizer is None:
             raise ValueError("tokenizer must be given to the MultiExitEncoder, got None")
         head = self._head(layer)
-        if isinstance(head, nn.Linear) and not _commutes(head, self.mode):
+        if isinstance(head, nn.Linear) and not commutes(head, self.mode):
             raise ValueError(
                 f"exit {wanted} must have a head that acts on the pooled vector, as a SentenceTransformer's do, and "
                 f"with mode {self.mode!r} it acts on every token"
@@ -344,22 +345,10 @@ class MultiExitEncoder(nn.Module):
     def extra_repr(self) -> str:
         return f"exits={list(self.exits)}, mode={self.mode!r}, normalize={self.normalize}, final_norm={self.final_norm}"
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode. Left alone where it is set, so that threads may encode side by side."""
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
     def _choose(self, exits: Sequence[Exit] | None) -> tuple[Exit, ...]:
         if exits is None:
             return self.exits
-        chosen = check_exits(exits, _layer_or_layers)
+        chosen = check_exits(exits, layer_or_layers)
         for exit in chosen:
             if exit not in self.exits:
                 raise ValueError(f"exits must be of this encoder's, {list(self.exits)}, got {exit}")
@@ -382,7 +371,7 @@ class MultiExitEncoder(nn.Module):
     def _mix(self, layers: tuple[int, ...], vectors: list[Tensor]) -> Tensor:
         """The mixture of pooled vectors that came in rising order of their layers."""
         in_order = [vectors[sorted(layers).index(layer)] for layer in layers]
-        name = _mix_name(layers)
+        name = mix_name(layers)
         mix = self.mixes[name] if name in self.mixes else LayerMix(len(layers)).to(in_order[0].device)
         assert isinstance(mix, LayerMix)
         return mix.mix(in_order)
@@ -391,7 +380,7 @@ class MultiExitEncoder(nn.Module):
         self, hidden: Tensor, mask: Tensor | None, dims: list[int], layer: int, out_dtype: torch.dtype | None
     ) -> dict[int, Tensor]:
         head = self._head(layer)
-        if head is not None and _commutes(head, self.mode):
+        if head is not None and commutes(head, self.mode):
             projected = head(self._pool_whole(hidden, mask, hidden.dtype))
             if mask is not None:  # a sequence without valid tokens stays zero, whatever the bias
                 projected = torch.where(mask.bool().any(dim=1, keepdim=True), projected, 0)
@@ -423,93 +412,3 @@ def _check_texts(texts: Any) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"texts must be strings, got {type(text).__name__} at position {position}")
     return list(texts)
-
-
-def _layers(layer: int | tuple[int, ...]) -> tuple[int, ...]:
-    return layer if isinstance(layer, tuple) else (layer,)
-
-
-def _last_layer(exits: Sequence[Exit]) -> int:
-    return max(layer for layers, _ in exits for layer in _layers(layers))
-
-
-def _mix_name(layers: Sequence[int]) -> str:
-    return "_".join(map(str, layers))
-
-
-def _layer_or_layers(exit: Any) -> int | tuple[int, ...]:
-    """The layer of an exit, or the layers that it mixes."""
-    layer: int | tuple[int, ...] = tuple(exit[0]) if isinstance(exit[0], (list, tuple)) else exit[0]
-    if not _layers(layer) or not all(type(one) is int for one in _layers(layer)):
-        raise TypeError(f"exits must be pairs of ints (layer, dim), or of several layers and a dim, got {exit!r}")
-    if len(set(_layers(layer))) < len(_layers(layer)):
-        raise ValueError(f"exits must not repeat a layer, got {exit!r}")
-    return layer
-
-
-def _check_mixes(
-    mixes: Mapping[tuple[int, ...], LayerMix] | None, exit_layers: Sequence[int | tuple[int, ...]]
-) -> dict[str, LayerMix]:
-    _check_mapping("mixes", mixes)
-    checked = {}
-    for layers, mix in (mixes or {}).items():
-        if not isinstance(mix, LayerMix):
-            raise TypeError(f"mixes must map layers to LayerMix modules, got a {type(mix).__name__} for {layers!r}")
-        if layers not in exit_layers or not isinstance(layers, tuple):
-            raise ValueError(f"mixes must belong to layers with an exit, got one for {layers!r}")
-        if len(mix.logits) != len(layers):
-            raise ValueError(f"mixes must have a weight per layer, got {len(mix.logits)} for {layers}")
-        checked[_mix_name(layers)] = mix
-    return checked
-
-
-def _check_mapping(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict by layer, got {type(value).__name__}")
-
-
-def _check_heads(heads: Mapping[int, nn.Module] | None, widths: Sequence[int]) -> dict[str, nn.Module]:
-    _check_mapping("heads", heads)
-    checked = {}
-    for layer, head in (heads or {}).items():
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"heads must map layers to modules, got a {type(head).__name__} for layer {layer}")
-        if type(layer) is not int or not 0 <= layer < len(widths):
-            raise ValueError(f"heads must be for layers 0 (the embeddings) to {len(widths) - 1}, got one for {layer!r}")
-        if getattr(head, "in_features", widths[layer]) != widths[layer]:
-            raise ValueError(
-                f"heads must take the model's {widths[layer]} features, got one of {head.in_features} for layer {layer}"
-            )
-        checked[str(layer)] = head
-    return checked
-
-
-def _head_width(head: nn.Module, layer: str, hidden_size: int) -> int:
-    """Features that come out of a head."""
-    if isinstance(width := getattr(head, "out_features", None), int):
-        return width
-    parameter = next(head.parameters(), torch.empty(0))
-    try:
-        with torch.no_grad():
-            output: Tensor = head(torch.zeros(1, 1, hidden_size, dtype=parameter.dtype, device=parameter.device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"heads must take the model's {hidden_size} features, and that of layer {layer} fails on them: {error}"
-        ) from error
-    return output.shape[-1]
-
-
-def _commutes(head: nn.Module, mode: str | Sequence[str]) -> bool:
-    """Whether the head of a pooled vector is the pooled vector of the head."""
-    if not isinstance(head, nn.Linear) or not isinstance(mode, str):
-        return False
-    return mode in _AFFINE_MODES or (mode == "mean_sqrt_len" and head.bias is None)
-
-
-def is_sentence_transformer(model: object) -> bool:
-    """Whether a model is one of sentence-transformers', which need not be installed."""
-    if "sentence_transformers" not in sys.modules:  # then no model can be one of its
-        return False
-    from sentence_transformers import SentenceTransformer
-
-    return isinstance(model, SentenceTransformer)

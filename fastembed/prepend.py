@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_integer
-from .encoder import MultiExitEncoder, is_sentence_transformer
+from .encoder import MultiExitEncoder
 from .integrations.backbones import Backbone, find_backbone
+from .integrations.libraries import is_sentence_transformer
 
 
 @contextmanager

@@ -8,17 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from .integrations import surgery
 from .integrations.activations import epilogue_of, find_epilogues
 from .integrations.attention_heads import AttentionHead, find_attention_heads
 from .nn import QuantLinear
-from .quantization.calibration import prepare
 from .quantization.config import QuantConfig
-from .quantization.layers import Layers, Linear, find_layers
-from .quantization.planning import Assigned, assign_bits, hessians_for
+from .quantization.layers import find_layers
+from .quantization.weights import quantize_weights
 from .report import SwapReport, SwapRow, alike
 
 
@@ -233,15 +231,6 @@ class _Plan:
             raise
 
 
-@dataclass(frozen=True)
-class _Quantised:
-    """A quantised weight, the relative error of what it stands for, and how its layer was scored."""
-
-    layer: QuantLinear
-    error: float
-    score: float | None
-
-
 def _plan_linears(
     plan: _Plan,
     model: nn.Module,
@@ -253,11 +242,11 @@ def _plan_linears(
 ) -> None:
     layers = find_layers(model, config, inside)
     plan.left.update(layers.left)
-    quantised = _quantise(model, layers, config, data, tokenizer, progress) if layers.chosen else {}
+    quantized = quantize_weights(model, layers, config, data, tokenizer, progress) if layers.chosen else {}
     epilogues: dict[int, dict[str, str]] = {}
     for linear in layers.chosen:
         tied = linear.tied_to is not None
-        of_weight = quantised[id(linear.tied_to or linear)]
+        of_weight = quantized[id(linear.tied_to or linear)]
         # A shallow copy shares the dict of tensors, so that tied layers stay tied through .to().
         layer = copy.copy(of_weight.layer) if tied else of_weight.layer
         layer.activations = config.activations_of(linear.name)
@@ -287,53 +276,6 @@ def _plan_linears(
                 error=of_weight.error,
             )
         )
-
-
-def _quantise(
-    model: nn.Module, layers: Layers, config: QuantConfig, data: Any, tokenizer: Any, progress: bool
-) -> dict[int, _Quantised]:
-    """Every weight quantised, by the id of the first of the layers that have it. Nothing is changed yet."""
-    for linear in layers.weights:
-        _require_finite(linear)
-    quantised = {}
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        calibration = prepare(model, data, tokenizer) if config.calibrates else None
-        assigned = assign_bits(model, layers, config, calibration, progress)
-        steps = zip(layers.weights, assigned, hessians_for(layers, config, calibration), strict=True)
-        for linear, level, hessian in tqdm(
-            steps, desc="Quantising", unit=" layer", total=len(layers.weights), disable=not progress
-        ):
-            quantised[id(linear)] = _quantise_weight(linear, level, hessian, config)
-    return quantised
-
-
-def _quantise_weight(linear: Linear, level: Assigned, hessian: Tensor | None, config: QuantConfig) -> _Quantised:
-    module = linear.module
-    try:
-        with torch.no_grad():
-            codes = config.quantise(module.weight, level.bits, hessian)
-            bias = None if module.bias is None else module.bias.detach().clone()
-        layer = QuantLinear.from_codes(*codes, bias, bits=level.bits, group_size=config.group_size)
-    except ValueError as error:
-        raise _refused(linear, error) from error
-    return _Quantised(layer, _relative_error(layer, module.weight.detach()), level.score)
-
-
-def _require_finite(linear: Linear) -> None:
-    for name, parameter in linear.module.named_parameters():
-        # A finite sum takes no temporaries; only one that is not needs a closer look.
-        if not parameter.sum().isfinite() and not parameter.isfinite().all():
-            raise _refused(linear, ValueError(f"{name} must be finite, got NaN or infinite entries"))
-
-
-def _refused(linear: Linear, error: ValueError) -> ValueError:
-    return ValueError(f"{linear.name} cannot be quantised: {error}; the model is left as it was")
-
-
-def _relative_error(layer: QuantLinear, weight: Tensor) -> float:
-    """Frobenius norm of the weight's error over that of the weight."""
-    norm = weight.float().norm()
-    return float((layer.dequantize() - weight.float()).norm() / norm) if norm else 0.0
 
 
 def _plan_pooling(plan: _Plan, model: nn.Module) -> None:

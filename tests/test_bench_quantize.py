@@ -90,5 +90,5 @@ def test_more_pairs_are_judged_together_with_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(timing.GOALS))
 def test_timed_quantisers_make_layers(name: str) -> None:
     weight, x = torch.randn(40, 96), torch.randn(64, 96)
-    layer = timing.quantise(name, weight, 4, x)
+    layer = timing.quantize(name, weight, 4, x)
     assert (layer.dequantize() - weight).norm() < 0.2 * weight.norm()

@@ -163,15 +163,15 @@ def test_matrices_are_seeded_saved_and_loaded(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).standard_normal((2, 5, 8), np.float32)
     np.testing.assert_array_equal(fde_queries(tokens, loaded), fde_queries(tokens, matrices))
     (tmp_path / "short").write_bytes((tmp_path / "m.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="path must be a safetensors file of FDE matrices, got"):
         FDEMatrices.load(tmp_path / "short")
     save_file({"hyperplanes": np.zeros((8, 2, 3))}, tmp_path / "other", {"final_dim": "128"})
-    with pytest.raises(ValueError, match="holds no FDE matrices: hyperplanes must be a float32 array of 3 axes, got"):
+    with pytest.raises(ValueError, match="other: hyperplanes must be a float32 array of 3 axes, got"):
         FDEMatrices.load(tmp_path / "other")
     whole = (tmp_path / "m.safetensors").read_bytes()
     for place in range(len(whole) - 1, len(whole) - 400, -13):
         (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=r"damaged is damaged|damaged holds no FDE matrices"):
+        with pytest.raises(ValueError, match=r"path must be an? (undamaged )?file of FDE matrices, got .*damaged"):
             FDEMatrices.load(tmp_path / "damaged")
     with pytest.raises(IsADirectoryError):
         matrices.save(tmp_path)

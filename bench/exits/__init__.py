@@ -16,10 +16,9 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from fastembed import MultiExitEncoder
+from fastembed._exits import LayerExit
 from fastembed.demo.corpus import Pair
 from fastembed.training import SentenceTransformerExitLoss, StarbucksLoss
-
-Exit = tuple[int, int]
 
 DIMS = (32, 64, 128, 256, 384)
 TRAINED_DIMS = (32, 128, 384)
@@ -90,7 +89,7 @@ def batches(pairs: Sequence[Pair], shuffle: random.Random) -> list[list[Pair]]:
     return shuffle.sample(cut, len(cut))
 
 
-def retrieval(model: SentenceTransformer, pairs: Sequence[Pair]) -> dict[Exit, tuple[float, float]]:
+def retrieval(model: SentenceTransformer, pairs: Sequence[Pair]) -> dict[LayerExit, tuple[float, float]]:
     """Of every layer and prefix: (mean reciprocal rank among the first ten, share of first places)."""
     exits = [(layer, dim) for layer in range(1, depth_of(model) + 1) for dim in DIMS]
     encoder = MultiExitEncoder(model, exits, normalize=True)
@@ -108,5 +107,5 @@ def quality(queries: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
     return float(np.where(ranks <= 10, 1 / ranks, 0).mean()), float((ranks == 1).mean())
 
 
-def compare(before: dict[Exit, tuple[float, float]], after: dict[Exit, tuple[float, float]]) -> list[Row]:
+def compare(before: dict[LayerExit, tuple[float, float]], after: dict[LayerExit, tuple[float, float]]) -> list[Row]:
     return [Row(*exit, before[exit][0], after[exit][0], before[exit][1], after[exit][1]) for exit in before]

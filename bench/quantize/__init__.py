@@ -77,7 +77,7 @@ class Mixer:
     def __init__(self, model: SentenceTransformer) -> None:
         self._float = model
         self._layers: dict[tuple[str, int], dict[str, QuantLinear]] = {}
-        self._model = self._quantised("rtn", 8)
+        self._model = self._quantized("rtn", 8)
 
     def mix(self, setting: Setting) -> tuple[SentenceTransformer, float]:
         """The model at a setting, until the next one is asked for, and its bits per weight."""
@@ -91,11 +91,11 @@ class Mixer:
     def _at(self, quantizer: str, bits: int) -> dict[str, QuantLinear]:
         key = quantizer, bits
         if key not in self._layers:
-            modules = self._quantised(*key).named_modules()
+            modules = self._quantized(*key).named_modules()
             self._layers[key] = {name: module for name, module in modules if isinstance(module, QuantLinear)}
         return self._layers[key]
 
-    def _quantised(self, quantizer: str, bits: int) -> SentenceTransformer:
+    def _quantized(self, quantizer: str, bits: int) -> SentenceTransformer:
         model = copy.deepcopy(self._float)
         fastembed.quantize(model, bits=bits, quantizer=quantizer, verbose=False)
         return model

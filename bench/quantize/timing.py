@@ -53,7 +53,7 @@ def main() -> None:
     ]
     for name, goal in GOALS.items():
         for bits in BITS:
-            wall, processor = _best(partial(quantise, name, weight, bits, x), ROUNDS[name])
+            wall, processor = _best(partial(quantize, name, weight, bits, x), ROUNDS[name])
             outcome = "met" if wall <= goal else "MISSED"
             lines.append(f"| {name} | {bits} | {wall:.2f} | {processor:.2f} | {goal:g} | {outcome} |")
     text = "\n".join(lines) + "\n"
@@ -64,13 +64,13 @@ def main() -> None:
         (output / "quantize_timing.md").write_text(text)
 
 
-def quantise(name: str, weight: torch.Tensor, bits: int, x: torch.Tensor) -> QuantLinear:
+def quantize(name: str, weight: torch.Tensor, bits: int, x: torch.Tensor) -> QuantLinear:
     """One layer, by the quantiser of this name; x are GPTQ's calibration inputs."""
     if name == "gptq":
         codes = quantize_gptq(weight, bits, GROUP, hessian=x.T @ x)
     else:
-        quantisers: dict[str, Callable[..., Any]] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
-        codes = quantisers[name](weight, bits, GROUP)
+        quantizers: dict[str, Callable[..., Any]] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
+        codes = quantizers[name](weight, bits, GROUP)
     return QuantLinear.from_codes(*codes, bits=bits, group_size=GROUP)
 
 

@@ -124,10 +124,7 @@ def _scalar(split: Split) -> Iterator[Method]:
         for name, method in (("RaBitQ", "rabitq"), ("optimised scalar", "osq")):
             quantizer = fastembed.ScalarQuantizer.fit(split.seen, bits, method=method)
             codes, asked = quantizer.encode(split.documents), quantizer.encode_queries(split.asked)
-            yield (
-                *(f"{name}, {bits} bit", codes.nbytes // len(codes)),
-                partial(_scalar_ids, asked, codes),
-            )
+            yield f"{name}, {bits} bit", codes.nbytes // len(codes), partial(_scalar_ids, asked, codes)
 
 
 def _scalar_ids(asked: fastembed.ScalarCodes, codes: fastembed.ScalarCodes, k: int) -> np.ndarray:
@@ -137,11 +134,11 @@ def _scalar_ids(asked: fastembed.ScalarCodes, codes: fastembed.ScalarCodes, k: i
 def _faiss(split: Split) -> Iterator[Method]:
     dim = split.documents.shape[1]
     for bits in (1, 2):
-        quantiser: Any = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT, bits)
-        quantiser.qb = 8
+        quantizer: Any = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT, bits)
+        quantizer.qb = 8
         # FAISS leaves the rotation that RaBitQ needs to its user.
-        index = faiss.IndexPreTransform(faiss.RandomRotationMatrix(dim, dim), quantiser)
-        yield _of_index(f"FAISS RaBitQ, {bits} bit", quantiser.code_size, index, split)
+        index = faiss.IndexPreTransform(faiss.RandomRotationMatrix(dim, dim), quantizer)
+        yield _of_index(f"FAISS RaBitQ, {bits} bit", quantizer.code_size, index, split)
         parts = dim * bits // 8
         product = faiss.IndexPQ(dim, parts, 8, faiss.METRIC_INNER_PRODUCT)
         yield _of_index(f"FAISS PQ {parts}x8", parts, product, split)

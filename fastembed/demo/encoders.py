@@ -10,13 +10,12 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
+from .._exits import LayerExit
 from ..encoder import MultiExitEncoder
 
 BATCH = 32
 # Texts that one model encodes before the other takes its turn: a machine's speed drifts, and so hits both alike.
 TURN = 128
-
-Exit = tuple[int, int]  # (layer, dim); layer 0 is the embedding output
 
 
 @dataclass
@@ -90,8 +89,8 @@ def encode_in_turns(models: Sequence[SentenceTransformer], documents: list[str],
 
 
 def encode_exits(
-    model: SentenceTransformer, exits: Sequence[Exit], documents: list[str], queries: list[str]
-) -> dict[Exit, Encoded]:
+    model: SentenceTransformer, exits: Sequence[LayerExit], documents: list[str], queries: list[str]
+) -> dict[LayerExit, Encoded]:
     """Encode the corpus once and pool several exits of each forward pass together.
 
     Raises:
@@ -116,7 +115,7 @@ def encode_exits(
     }
 
 
-def default_exits(model: SentenceTransformer) -> list[Exit]:
+def default_exits(model: SentenceTransformer) -> list[LayerExit]:
     """A third, two thirds and all of the layers, at a third, two thirds and all of the dims."""
     transformer: Any = model[0]
     config = transformer.auto_model.config

@@ -123,6 +123,28 @@ def places(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
                 yield parent, name, f"{prefix}.{name}" if prefix else name, child
 
 
+def sibling(path: str, name: str) -> str:
+    """The full name of what `name` is to the parent of the module at `path`."""
+    parent, _, _ = path.rpartition(".")
+    return f"{parent}.{name}" if parent else name
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with` block.
+
+    Nothing is written to modules that are in it already, so that threads may run a model side by side.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for parent, name, _, child in places(model):
         if _ORIGINAL in child.__dict__:

@@ -167,16 +167,16 @@ class FDEMatrices:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise ValueError(f"path must be a safetensors file of FDE matrices, got {path}: {error}") from error
         if "hyperplanes" not in tensors or not metadata.get("final_dim", "").isdigit():
-            raise ValueError(f"{path} holds no FDE matrices: no hyperplanes or no final_dim in it")
+            raise ValueError(f"path must be a file of FDE matrices, got {path}, without hyperplanes or final_dim")
         projections, buckets, signs = map(tensors.get, _NAMES[1:])
         try:
             matrices = cls(tensors["hyperplanes"], projections, buckets, signs, int(metadata["final_dim"]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no FDE matrices: {error}") from error
+            raise ValueError(f"path must be a file of FDE matrices, got {path}: {error}") from error
         if metadata.get("crc32") != _checksum(metadata["final_dim"], tensors):
-            raise ValueError(f"{path} is damaged: its checksum does not match")
+            raise ValueError(f"path must be an undamaged file of FDE matrices, got {path}: another checksum")
         return matrices
 
 

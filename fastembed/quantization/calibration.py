@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations import surgery
 from ..integrations.batches import Tokenizer
+from ..integrations.libraries import is_pipeline
 
 # Texts that run together. What measuring keeps of one batch is like training's memory for it.
 BATCH = 8
@@ -38,9 +40,7 @@ class Calibration:
         Raises:
             ValueError: an embedding is not finite, or a batch has none.
         """
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
+        with surgery.evaluating(self.model):
             for number in range(self.first, len(self.batches), self.step):
                 batch = self.batches[number]
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -53,9 +53,6 @@ class Calibration:
                         "the model is left as it was"
                     )
                 yield output, mask_of(batch)
-        finally:
-            for module in training:
-                module.training = True
 
     def halves(self) -> tuple["Calibration", "Calibration"]:
         """Every second batch, and the others; of a single one both have all."""
@@ -65,7 +62,7 @@ class Calibration:
 
     def _call(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            return self.model(dict(batch)) if _is_sentence_transformer(self.model) else self.model(**batch)
+            return self.model(dict(batch)) if is_pipeline(self.model) else self.model(**batch)
         return self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
 
 
@@ -85,7 +82,7 @@ def prepare(model: nn.Module, data: Any, tokenizer: Any = None) -> Calibration:
     if isinstance(data, str | Mapping | Tensor) or not isinstance(data, Iterable | None):
         raise TypeError(f"calibration must be a list of texts or of batches, got {type(data).__name__}")
     if data is None:
-        if not _is_sentence_transformer(model) and tokenizer is None:
+        if not is_pipeline(model) and tokenizer is None:
             raise ValueError("calibration must be given, as texts with tokenizer=... or as batches, got None")
         data = _texts_of_the_standard_library()
     data = list(data)
@@ -146,7 +143,7 @@ def _tokenised(model: nn.Module, texts: Sequence[str | Sequence[str]], tokenizer
     """Batches of texts of about one length, longest first."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ordered = sorted(texts, key=_length, reverse=True)
-    if not _is_sentence_transformer(model) and tokenizer is None:
+    if not is_pipeline(model) and tokenizer is None:
         raise ValueError(
             "calibration with texts needs tokenizer=... where the model is no SentenceTransformer, got None"
         )
@@ -181,7 +178,3 @@ def _embeddings_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"model must return a tensor, or a dict or tuple with one, got {type(output).__name__}")
     return output
-
-
-def _is_sentence_transformer(model: nn.Module) -> bool:
-    return hasattr(type(model), "preprocess") and isinstance(model, nn.Sequential)

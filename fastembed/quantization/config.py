@@ -145,7 +145,7 @@ class QuantConfig:
         """Whether a pattern of `skip` fits the module name."""
         return any(fits(pattern, name) for pattern in self.skip)
 
-    def quantise(self, weight: Tensor, bits: int, hessian: Hessian | None) -> Quantized:
+    def quantize(self, weight: Tensor, bits: int, hessian: Hessian | None) -> Quantized:
         """A weight quantised to a level; `hessian` is what "gptq" needs to know of its inputs."""
         quantizer = QUANTIZERS[self.quantizer]
         return quantizer(weight, bits, self.group_size, self.symmetric, self.scale_dtype, hessian)

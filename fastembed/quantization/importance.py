@@ -91,13 +91,13 @@ def measured_errors(
         ValueError: the calibration yields NaN, or no gradient reaches a layer.
     """
     errors: list[dict[int, float]] = []
-    quantisers = iter(dequantized)
+    quantizers = iter(dequantized)
     with tqdm(total=len(layers), desc="Measuring layers", unit=" layer", disable=not progress) as bar:
         for chunk in _chunks(calibration, layers):
             kept = _inputs_and_gradients(calibration, [module for group in chunk for module in group])
             for group in chunk:
                 weight = group[0].weight.detach()
-                distances = _distances(weight, levels, next(quantisers), [kept[m] for m in group])
+                distances = _distances(weight, levels, next(quantizers), [kept[m] for m in group])
                 errors.append(dict(zip(levels, distances, strict=True)))
                 bar.update()
     return errors

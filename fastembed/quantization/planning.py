@@ -101,15 +101,15 @@ def measured_choices(
     levels = _levels_of(config)
 
     def dequantized(hessian: Hessian | None, weight: Tensor, bits: int) -> Tensor:
-        return stands_for(*config.quantise(weight, bits, hessian), bits, config.group_size)
+        return stands_for(*config.quantize(weight, bits, hessian), bits, config.group_size)
 
     # On the inputs that it has fitted its rounding to, GPTQ errs less than on others.
     fitted, judged = calibration.halves() if config.quantizer == "gptq" else (calibration, calibration)
-    quantisers = (
+    quantizers = (
         partial(dequantized, None if hessian is None else InverseHessian.of(hessian))
         for hessian in hessians_for(layers, config, fitted)
     )
-    errors = measured_errors(judged, layers.by_weight, levels, quantisers, progress)
+    errors = measured_errors(judged, layers.by_weight, levels, quantizers, progress)
     return [
         [Choice(level, bytes_of([layer], level, config), errors_of_layer[level]) for level in levels]
         for layer, errors_of_layer in zip(layers.weights, errors, strict=True)

@@ -100,11 +100,11 @@ def stands_for(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, g
     return groups.flatten(1)[:, :columns]
 
 
-def check_finite(weight: Tensor) -> None:
+def check_finite(weight: Tensor, name: str = "weight") -> None:
     """Raise ValueError for a weight with NaN or infinite entries."""
     # A finite sum takes one pass and no temporaries; only one that is not needs a closer look.
     if not bool(weight.sum().isfinite()) and not bool(weight.isfinite().all()):
-        raise ValueError("weight must be finite, got NaN or infinite entries")
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
 
 
 def stored_scales(steps: Tensor, dtype: torch.dtype) -> Tensor:

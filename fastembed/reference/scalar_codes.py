@@ -41,7 +41,7 @@ def scalar_encode(
         extra = -x.square().sum(dim=1) / 2
     if signs is not None:
         x = rotate(x, signs)
-    encode = {"rabitq": _rabitq, "osq": _optimised, "sign": _signs}[method]
+    encode = {"rabitq": _rabitq, "osq": _optimized, "sign": _signs}[method]
     c, lower, step = encode(x, bits)
     planes = [_pack((c >> shift & 1).bool()) for shift in reversed(range(bits))]
     return torch.cat(planes, dim=1), torch.stack([lower, step, c.sum(dim=1).double(), extra], dim=1).float()
@@ -123,7 +123,7 @@ def _best_steps(magnitudes: Tensor, most: int) -> Tensor:
     return first + torch.bincount(taken, minlength=dim)
 
 
-def _optimised(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _optimized(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     most = 2**bits - 1
     squares = x.square().sum(dim=1)
     smallest, largest = x.amin(dim=1), x.amax(dim=1)

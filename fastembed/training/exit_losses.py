@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import check_exits, check_integer, check_not_negative, check_positive, one_layer
+from .._checks import check_integer, check_not_negative, check_positive
+from .._exits import LayerExit, check_exits, one_layer
 
-Exit = tuple[int, int]
-Embeddings = Mapping[Exit, Tensor]
+Embeddings = Mapping[LayerExit, Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 _LAYER_WEIGHTS: dict[str, Callable[[int], float]] = {
@@ -58,9 +58,9 @@ class ExitLoss(nn.Module):
         normalize: whether it takes embeddings of unit length.
     """
 
-    def __init__(self, exits: Sequence[Exit], *, normalize: bool) -> None:
+    def __init__(self, exits: Sequence[LayerExit], *, normalize: bool) -> None:
         super().__init__()
-        self.exits: tuple[Exit, ...] = tuple(sorted(check_exits(exits, one_layer)))
+        self.exits: tuple[LayerExit, ...] = tuple(sorted(check_exits(exits, one_layer)))
         for layer, dim in self.exits:
             if layer < 0 or dim < 1:
                 raise ValueError(f"exits must have layers of at least 0 and dims of at least 1, got {(layer, dim)}")
@@ -126,7 +126,7 @@ class MultiExitContrastiveLoss(ExitLoss):
 
     def __init__(
         self,
-        exits: Sequence[Exit],
+        exits: Sequence[LayerExit],
         weights: str | Sequence[float] = "depth",
         *,
         scale: float = 10.0,
@@ -172,7 +172,7 @@ class StarbucksLoss(ExitLoss):
 
     def __init__(
         self,
-        exits: Sequence[Exit],
+        exits: Sequence[LayerExit],
         *,
         distillation: float = 1.0,
         temperature: float = 1.0,
@@ -380,7 +380,7 @@ def _draw(generator: random.Random, choices: Sequence, count: int | None) -> Seq
     return choices if count is None or count >= len(choices) else generator.sample(choices, count)
 
 
-def _whole_exits(layers: Sequence[int], width: int) -> list[Exit]:
+def _whole_exits(layers: Sequence[int], width: int) -> list[LayerExit]:
     check_integer("width", width, 1)
     if not isinstance(layers, (list, tuple, range)):
         raise TypeError(f"layers must be a list of ints, got {layers!r}")
@@ -395,7 +395,7 @@ def _check_prefixes(dims: Sequence[int], width: int) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _exit_weights(weights: str | Sequence[float], exits: Sequence[Exit]) -> dict[Exit, float]:
+def _exit_weights(weights: str | Sequence[float], exits: Sequence[LayerExit]) -> dict[LayerExit, float]:
     if weights == "uniform":
         return dict.fromkeys(exits, 1.0)
     if weights == "depth":

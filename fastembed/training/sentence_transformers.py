@@ -1,4 +1,4 @@
-"""Exit losses as the trainer of sentence-transformers takes losses."""
+"""LayerExit losses as the trainer of sentence-transformers takes losses."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..encoder import MultiExitEncoder, is_sentence_transformer
-from .exit_losses import Exit, ExitLoss
+from .._exits import LayerExit
+from ..encoder import MultiExitEncoder
+from ..integrations.libraries import is_sentence_transformer
+from .exit_losses import ExitLoss
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -79,7 +81,7 @@ class SentenceTransformerExitLoss(nn.Module):
         """For the model card that the trainer writes."""
         return {"loss": type(self.loss).__name__, "exits": [list(exit) for exit in self.encoder.exits]}
 
-    def _embed(self, features: dict[str, Any]) -> dict[Exit, Tensor]:
+    def _embed(self, features: dict[str, Any]) -> dict[LayerExit, Tensor]:
         prompt_length = (
             0 if self.encoder.include_prompt else int(torch.as_tensor(features.get("prompt_length", 0)).max())
         )

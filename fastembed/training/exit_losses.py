@@ -9,6 +9,7 @@ detached.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .._exits import LayerExit, check_exits, one_layer
 
 Embeddings = Mapping[LayerExit, Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]
+Choice = TypeVar("Choice")
 
 _LAYER_WEIGHTS: dict[str, Callable[[int], float]] = {
     "uniform": lambda layer: 1.0,
@@ -376,7 +378,7 @@ def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return F.kl_div(student, teacher.detach(), reduction="batchmean", log_target=True)
 
 
-def _draw(generator: random.Random, choices: Sequence, count: int | None) -> Sequence:
+def _draw(generator: random.Random, choices: Sequence[Choice], count: int | None) -> Sequence[Choice]:
     return choices if count is None or count >= len(choices) else generator.sample(choices, count)
 
 

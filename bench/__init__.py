@@ -33,8 +33,20 @@ limits (bench/limits) are measured before and after, in the same process.
 
 from pathlib import Path
 
-from .harness.workload import Case, Context, Faster, Goal, OfLimit, Rate, Reached, Workload, optional_import
+from .harness.workload import Case, Context, Faster, Goal, OfLimit, Rate, Reached, Within, Workload, optional_import
 
-__all__ = ["RESULTS", "Case", "Context", "Faster", "Goal", "OfLimit", "Rate", "Reached", "Workload", "optional_import"]
+__all__ = [
+    "RESULTS",
+    "Case",
+    "Context",
+    "Faster",
+    "Goal",
+    "OfLimit",
+    "Rate",
+    "Reached",
+    "Within",
+    "Workload",
+    "optional_import",
+]
 
 RESULTS = Path(__file__).parent / "results"  # the recorded runs

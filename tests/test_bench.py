@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import Case, Context, Faster, OfLimit, Workload
+from bench import Case, Context, Faster, OfLimit, Within, Workload
 from bench.__main__ import main
 from bench.harness import runner
 
@@ -84,7 +84,7 @@ def _case(wrong: float = 0.0) -> Case:
             amount=8.0,
             unit="B",
             demands={"read": 8.0},
-            goals=[Faster("peer", 1e-9), Faster("absent", 2.0), OfLimit(1e9)],
+            goals=[Faster("peer", 1e-9), Faster("absent", 2.0), OfLimit(1e9), Within(1e9)],
         )
 
     return Case("case", setup)
@@ -92,7 +92,7 @@ def _case(wrong: float = 0.0) -> Case:
 
 def test_goals_are_judged() -> None:
     results = runner.run([_case()], 1, "cpu", True, lambda message: None)
-    assert [verdict.outcome for verdict in results.verdicts] == ["met", "not measured", "MISSED"]
+    assert [verdict.outcome for verdict in results.verdicts] == ["met", "not measured", "MISSED", "met"]
     assert {row.bound_by for row in results.measurements} == {"read"}
 
 

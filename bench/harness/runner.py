@@ -13,7 +13,7 @@ import torch
 
 from .. import limits
 from . import environment
-from .workload import OURS, Case, Context, Faster, OfLimit, Rate, Reached, Workload
+from .workload import OURS, Case, Context, Faster, OfLimit, Rate, Reached, Within, Workload
 
 # Timed per provider and case, unless told otherwise.
 SECONDS = 1.5
@@ -230,4 +230,7 @@ def _verdicts(rows: list[Measurement], workload: Workload) -> list[Verdict]:
             name = f"G {ours.unit}s a second and thread"
             reached = ours.rate / ours.threads / 1e9
             verdicts.append(Verdict(ours.case, ours.threads, name, goal.amount / 1e9, reached))
+        elif isinstance(goal, Within):
+            what = f"times the speed of {1e3 * goal.seconds:g} ms a call"
+            verdicts.append(Verdict(ours.case, ours.threads, what, 1, goal.seconds / ours.timing.best))
     return verdicts

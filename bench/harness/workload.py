@@ -56,7 +56,14 @@ class Rate:
     amount: float
 
 
-Goal = Faster | OfLimit | Rate | Reached
+@dataclass(frozen=True)
+class Within:
+    """Goal: a call of ours takes at most so many seconds."""
+
+    seconds: float
+
+
+Goal = Faster | OfLimit | Rate | Reached | Within
 
 
 @dataclass(frozen=True)

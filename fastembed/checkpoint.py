@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ._atomic import replacing
 from ._safetensors import open_safetensors, write_safetensors
 from .integrations import surgery
+from .integrations.attention_heads import AttentionHead, find_attention_heads, replaced_heads
 from .integrations.libraries import library_of
 from .integrations.skeletons import build_skeleton, write_skeleton
 from .nn import QuantLinear
@@ -29,6 +31,7 @@ _ENTRIES: tuple[tuple[str, type, Any], ...] = (
     ("absorbed", dict, str),
     ("tied", dict, str),
     ("pooling", bool, None),
+    ("heads", dict, (int, NoneType)),
 )
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
@@ -80,12 +83,14 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": layers,
         "absorbed": absorbed,
         "pooling": bool(poolings),
+        "heads": {name: pooling.ffn_bits for name, pooling in replaced_heads(model)},
         "tied": tied,
     }
     with replacing(folder / _SETTINGS_FILE) as file:
         file.write(json.dumps(settings, indent=1).encode())
 
 
+@torch.inference_mode(False)  # so that gradients can flow through the layers later
 def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model that `save_quantized` wrote.
 
@@ -115,14 +120,15 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
     tensors = open_safetensors(folder / _TENSORS_FILE)
     if model is None:
         model = build_skeleton(settings["library"], settings["class"], folder)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    heads = _heads_of(model, settings["heads"])
+    modules = _modules_of(model, heads)
     if unknown := [name for name in (*layers, *settings["absorbed"]) if name not in modules]:
         raise ValueError(f"model must have the layers of the file, but has no {unknown[0]}")
     for name, layer in layers.items():
         _check_replaced(name, modules[name], layer)
     tied = settings["tied"]
     _check_tensors(modules, layers, tensors, tied, settings["absorbed"])
-    plan = plan_use(model, layers, settings["absorbed"], settings["pooling"])
+    plan = plan_use(model, layers, settings["absorbed"], settings["pooling"], heads)
     plan.carry_out()
     given: dict[str, Tensor] = {}
     for name, old in list(_tensors_of(model)):
@@ -133,6 +139,27 @@ def load_quantized(path: str | os.PathLike[str], model: nn.Module | None = None)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, given[source])
     return model.eval()
+
+
+def _heads_of(model: nn.Module, names: Mapping[str, int | None]) -> list[AttentionHead]:
+    """The heads of these names, with the bits of their poolings' feed-forwards."""
+    found = {head.path: head for head in find_attention_heads(model)} if names else {}
+    for name, bits in names.items():
+        if name not in found:
+            raise ValueError(f"{name} must be an attention pooling in the model, where the file has one")
+        found[name].pooling.quantize(bits)
+    return [found[name] for name in names]
+
+
+def _modules_of(model: nn.Module, heads: Sequence[AttentionHead]) -> dict[str, nn.Module]:
+    """Every module under every name, with the replacements of heads in their places."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for head in heads:
+        inside = [name for name in modules if f"{name}.".startswith(f"{head.path}.")]
+        for name in inside:
+            del modules[name]
+        modules.update(head.replacement.named_modules(prefix=head.path))
+    return modules
 
 
 def _settings_of(layer: QuantLinear) -> dict[str, Any]:

@@ -102,11 +102,12 @@ class MultiExitEncoder(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         prompts: Mapping[str, str] = {}
+        default_prompt_name = None
         if is_sentence_transformer(model):
             from .integrations.exit_models import read_pipeline
 
             pipeline = read_pipeline(model)  # type: ignore[arg-type]
-            model, prompts = pipeline.model, pipeline.prompts
+            model, prompts, default_prompt_name = pipeline.model, pipeline.prompts, pipeline.default_prompt_name
             tokenizer = pipeline.tokenizer if tokenizer is None else tokenizer
             max_length = pipeline.max_length if max_length is None else max_length
             mode = pipeline.mode if mode is None else mode
@@ -119,6 +120,7 @@ class MultiExitEncoder(nn.Module):
         self.include_prompt = True if include_prompt is None else include_prompt
         self.final_norm = final_norm
         self.prompts = dict(prompts)
+        self.default_prompt_name = default_prompt_name if default_prompt_name in self.prompts else None
         modes = len(check_modes(self.mode))
         if select is not None and not callable(select):
             raise TypeError(f"select must be a function of input_ids, got {type(select).__name__}")
@@ -199,7 +201,9 @@ class MultiExitEncoder(nn.Module):
         with watch_layers(self._backbone, last_layer(wanted), pool):
             yield pooled
         if missing := [exit for exit in wanted if exit not in pooled]:
-            raise RuntimeError(f"{type(self.model).__name__} must run inside the block of observe: {missing} not seen")
+            raise RuntimeError(
+                f"{type(self.model).__name__} must run inside the block of observe, not compiled: {missing} not seen"
+            )
 
     def _pooler(
         self,
@@ -266,7 +270,8 @@ class MultiExitEncoder(nn.Module):
         Args:
             texts: a list of strings, or one string.
             exits: which of the encoder's exits. None: all.
-            prompt: put in front of every text. `prompt_name`: the prompt of that name of the SentenceTransformer.
+            prompt: put in front of every text. `prompt_name`: the prompt of that name of the SentenceTransformer. If
+                neither is given, the SentenceTransformer's default prompt, if it has one.
             batch_size: texts that go through the model together, at most; on the CPU long texts go in fewer.
             precision: "float32"; "float16"; "int8", each vector times 127 over its largest magnitude, which leaves
                 cosines as they are; "ubinary", packed sign bits as `fastembed.pack_bits` makes them.
@@ -339,7 +344,15 @@ class MultiExitEncoder(nn.Module):
                 f"with mode {self.mode!r} it acts on every token"
             )
         return exit_model(
-            backbone, (layer, dim), self._tokenizer, head, self.mode, self.normalize, self.include_prompt, self.prompts
+            backbone,
+            (layer, dim),
+            self._tokenizer,
+            head,
+            self.mode,
+            self.normalize,
+            self.include_prompt,
+            self.prompts,
+            self.default_prompt_name,
         )
 
     def extra_repr(self) -> str:
@@ -357,6 +370,8 @@ class MultiExitEncoder(nn.Module):
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+        if prompt is None and name is None:
+            name = self.default_prompt_name
         if name is None:
             return prompt or ""
         if prompt is not None:

@@ -42,7 +42,7 @@ class SwapReport:
 
     Attributes:
         rows: the replaced modules, in the model's order.
-        left: linear layers that stay as they are: name -> why.
+        left: linear layers, and others' modules with matrices, that stay as they are: name -> why.
         bytes_before, bytes_after: of all parameters and buffers of the model, in memory.
         bytes_kept: of the original modules kept aside for `unswap`, on top of bytes_after.
     """

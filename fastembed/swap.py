@@ -20,6 +20,7 @@ from .quantization.weights import quantize_weights
 from .report import SwapReport, SwapRow, alike
 
 
+@torch.inference_mode(False)  # so that gradients can flow through the layers later
 def swap(
     model: nn.Module,
     quantize: QuantConfig | None = QuantConfig(),  # noqa: B008 (frozen)
@@ -181,7 +182,11 @@ def unswap(model: nn.Module) -> None:
 
 
 def plan_use(
-    model: nn.Module, layers: Mapping[str, QuantLinear], absorbed: Mapping[str, str], pooling: bool
+    model: nn.Module,
+    layers: Mapping[str, QuantLinear],
+    absorbed: Mapping[str, str],
+    pooling: bool,
+    heads: Sequence[AttentionHead],
 ) -> "_Plan":
     """Putting layers that were quantised earlier into a model of the same architecture.
 
@@ -190,6 +195,7 @@ def plan_use(
         layers: name -> what replaces the linear layer there.
         absorbed: name of an activation -> the name beside it of the layer that computes it.
         pooling: whether to swap the pooling, too.
+        heads: attention poolings to swap, too.
     """
     plan = _Plan(keep_originals=False)
     replacements = [*layers.items(), *((name, surgery.Absorbed(by=by)) for name, by in absorbed.items())]
@@ -198,6 +204,7 @@ def plan_use(
         plan.replace(model.get_submodule(parent), name, replacement)
     if pooling:
         _plan_pooling(plan, model)
+    _plan_attention_heads(plan, heads)
     _plan_encoders(plan, model)
     _plan_saving(plan, model)
     return plan

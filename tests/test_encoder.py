@@ -41,9 +41,10 @@ MODELS = {
         transformers.XLNetConfig(vocab_size=100, d_model=64, n_layer=3, n_head=4, d_inner=96, pad_token_id=0),
     ),
     "megatron bert": (transformers.MegatronBertModel, transformers.MegatronBertConfig(**TEXT)),
+    "dinov3": (transformers.DINOv3ViTModel, transformers.DINOv3ViTConfig(**IMAGE)),
     "roberta, norms first": (transformers.RobertaPreLayerNormModel, transformers.RobertaPreLayerNormConfig(**TEXT)),
 }
-VISION = ("clip vision", "siglip vision", "vit")
+VISION = ("clip vision", "siglip vision", "vit", "dinov3")
 ARCHITECTURES = [*tiny_models.CONFIGS, *MODELS]
 
 
@@ -124,6 +125,22 @@ def test_observes_a_forward_pass_that_others_make() -> None:
     with pytest.raises(RuntimeError, match="BertModel must run inside the block of observe"), encoder.observe():
         pass
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.encoder.layer)
+
+
+def test_a_compiled_model_runs_as_it_is_and_its_layers_compiled() -> None:
+    """The hooks that take the exits are not in what was compiled before."""
+    model, inputs = tiny_models.encoder(), tiny_models.batch()
+    with torch.no_grad():
+        expected = MultiExitEncoder(model, [(1, 64)])(**inputs)[1, 64]
+        compiled = torch.compile(model, backend="eager")
+        compiled(**inputs)
+        assert torch.equal(MultiExitEncoder(compiled, [(1, 64)])(**inputs)[1, 64], expected)
+        model.compile(backend="eager")
+        model(**inputs)
+        encoder = MultiExitEncoder(model, [(1, 64)])
+        assert torch.equal(encoder(**inputs)[1, 64], expected)
+        with pytest.raises(RuntimeError, match="only single layers may be compiled"):
+            torch.compile(encoder, backend="eager")(**inputs)
 
 
 def test_leaves_no_hooks_behind() -> None:
@@ -230,6 +247,16 @@ def test_encode_leaves_the_prompt_out_of_pooling(tmp_path) -> None:
     )
     included = MultiExitEncoder(pipeline, include_prompt=True).encode(texts, prompt="query : ")[2, 64]
     assert np.abs(included - pipeline.encode(texts, prompt_name="query")).max() > 1e-3
+
+
+def test_encode_takes_the_default_prompt(pipeline) -> None:
+    pipeline.prompts, pipeline.default_prompt_name = {"query": "query : "}, "query"
+    texts = tiny_models.texts(5)
+    encoder = MultiExitEncoder(pipeline)
+    for prompt in (None, ""):  # an empty one is none
+        expected = pipeline.encode(texts, prompt=prompt)
+        np.testing.assert_allclose(encoder.encode(texts, prompt=prompt)[2, 64], expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.sentence_transformer().encode(texts), pipeline.encode(texts), atol=1e-6)
 
 
 def test_precisions(pipeline) -> None:

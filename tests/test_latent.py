@@ -85,6 +85,16 @@ def test_released_names_with_and_without_prefix(prefix: str) -> None:
     assert module.latents.data_ptr() == weights["latents"].data_ptr()
 
 
+def test_a_hidden_width_that_is_no_multiple() -> None:
+    weights = nv_embed_weights(dim=11, mult=4)
+    for name, kept in (("net.0.weight", 30), ("net.0.bias", 30), ("net.2.weight", (slice(None), slice(15)))):
+        key = f"cross_attend_blocks.1.fn.{name}"
+        weights[key] = weights[key][kept if isinstance(kept, tuple) else slice(kept)]
+    module = LatentAttentionPooling.from_nv_embed(weights, heads=2)
+    assert 15 / 11 * 11 < 15  # in floats
+    assert module.layers[0].ffn_out.in_features == 15
+
+
 def test_a_wrong_checkpoint_is_described_whole() -> None:
     weights = nv_embed_weights(DIM, heads=HEADS)
     del weights["cross_attend_blocks.0.norm.bias"]

@@ -301,6 +301,17 @@ def test_plain_modules_frozen_or_in_training() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@torch.inference_mode()
+def test_gradients_flow_through_a_model_quantised_in_inference_mode() -> None:
+    with torch.inference_mode(False):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        x = torch.randn(3, 64, requires_grad=True)
+    quantized(model, bits=8)
+    with torch.inference_mode(False):
+        model(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_tied_layers_are_scored_once_and_stay_tied() -> None:
     first, second = nn.Linear(64, 64), nn.Linear(64, 64)
     second.weight, second.bias = first.weight, first.bias

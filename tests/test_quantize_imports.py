@@ -61,6 +61,14 @@ def test_gptq_with_a_zero_point_beyond_the_codes() -> None:
     assert torch.equal(layer.dequantize(), dequantised(codes, zeros, scales))
 
 
+def test_gptq_with_a_shorter_last_group() -> None:
+    codes, zeros, scales = grid(4)
+    groups = torch.arange(K) // 48  # and not 128 / 3
+    zeros, scales = zeros[:3], scales[:3]
+    layer = from_gptq(packed(codes.T, 4).T, packed(zeros, 4), scales, groups, zero_offset=0)
+    assert torch.equal(layer.dequantize(), ((codes - zeros[groups]) * scales.float()[groups]).T)
+
+
 def test_symmetric_gptq_keeps_no_zero_points() -> None:
     codes, zeros, scales = grid(4)
     zeros[:] = 8

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastembed
 from fastembed import QuantConfig
-from fastembed.nn import QuantLinear
+from fastembed.nn import LatentAttentionPooling, QuantLinear
 
 EIGHT_BITS = QuantConfig(bits=8)
 
@@ -411,6 +411,8 @@ def test_what_must_stay_stays_and_the_report_says_why() -> None:
             "hooked": hooked,
             "torch": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True),
             "left_out": nn.ModuleDict({"inside": nn.Linear(32, 32)}),
+            "conv1d": transformers.pytorch_utils.Conv1D(64, 32),
+            "latent": LatentAttentionPooling(32, 4, 2, ffn=None),
         }
     )
     x = torch.randn(2, 5, 32)
@@ -427,6 +429,9 @@ def test_what_must_stay_stays_and_the_report_says_why() -> None:
         "torch.linear1": "TransformerEncoderLayer reads its weights itself",
         "torch.linear2": "TransformerEncoderLayer reads its weights itself",
         "left_out.inside": "skip",
+        **{f"latent.layers.0.to_{part}": "LatentAttentionLayer reads its weights itself" for part in "qkv"},
+        "latent.layers.0.to_out": "LatentAttentionLayer reads its weights itself",
+        "conv1d": "weights of a Conv1D, not of an nn.Linear",
     }
     assert torch.equal(model["torch"](x), expected)
 

@@ -1,6 +1,7 @@
 """swap of attention pooling heads: SigLIP's and NV-Embed's latent attention."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -90,6 +91,33 @@ def test_latent_attention_of_nv_embed() -> None:
     torch.testing.assert_close(model["head"](tokens), every_token, rtol=1e-4, atol=1e-5)
     fastembed.unswap(model)
     assert torch.equal(model["head"](tokens, mask), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_originals", [True, False])
+def test_a_replaced_head_comes_back(tmp_path: Path, keep_originals: bool) -> None:
+    model = siglip()
+    fastembed.swap(model, keep_originals=keep_originals, verbose=False)
+    fastembed.save_quantized(model, tmp_path)
+    loaded = fastembed.load_quantized(tmp_path)
+    torch.testing.assert_close(loaded(images()).pooler_output, model(images()).pooler_output)
+
+
+@torch.no_grad()
+def test_a_replaced_head_with_a_quantised_feed_forward_comes_back(tmp_path: Path) -> None:
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"head": nv_embed()["head"], "linear": nn.Linear(24, 24)})
+
+    model = build()
+    fastembed.swap(model, verbose=False)
+    model["head"].pooling.quantize(8)
+    fastembed.save_quantized(model, tmp_path)
+    loaded = fastembed.load_quantized(tmp_path, build())
+    tokens, mask = torch.randn(3, 9, 24), torch.ones(3, 9)
+    assert loaded["head"].pooling.ffn_bits == 8
+    torch.testing.assert_close(loaded["head"](tokens, mask), model["head"](tokens, mask), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="head must be an attention pooling in the model, where the file has one"):
+        fastembed.load_quantized(tmp_path, nn.ModuleDict({"head": nn.Linear(24, 24), "linear": nn.Linear(24, 24)}))
 
 
 def test_a_latent_attention_of_other_tensors_is_named() -> None:

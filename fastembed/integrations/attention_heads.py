@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.latent import LatentAttentionPooling
+from ..nn.latent.layer import mult_of
 from .activations import epilogue_of
-from .surgery import is_tensor_plain, places
+from .surgery import is_replacement, places
 
 # By class name, so that neither transformers nor a model's own code need be imported.
 _SIGLIP_HEADS = ("SiglipMultiheadAttentionPoolingHead", "Siglip2MultiheadAttentionPoolingHead")
@@ -47,13 +48,20 @@ def find_attention_heads(model: nn.Module) -> Iterator[AttentionHead]:
         ValueError: a module of NV-Embed's class whose tensors are not NV-Embed's; the message names them.
     """
     for parent, name, path, child in places(model):
-        if not all(is_tensor_plain(parameter) for parameter in child.parameters()):
+        if not all(type(parameter) is nn.Parameter for parameter in child.parameters()):  # a subclass may be quantised
             continue
         if type(child).__name__ in _SIGLIP_HEADS and (head := _siglip_head(child)) is not None:
             yield AttentionHead(parent, name, path, "attention pooling", child, head, head)
         elif type(child).__name__ == _NV_EMBED_HEAD:
             latent = _nv_embed_head(child, path)
             yield AttentionHead(parent, name, path, "latent attention", child, latent, LatentAttention(latent))
+
+
+def replaced_heads(model: nn.Module) -> Iterator[tuple[str, LatentAttentionPooling]]:
+    """The full name and the pooling of every head of a model that was replaced."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_replacement(module) and isinstance(module, LatentAttentionPooling | LatentAttention):
+            yield name, module if isinstance(module, LatentAttentionPooling) else module.pooling
 
 
 class LatentAttention(nn.Module):
@@ -92,7 +100,7 @@ def _siglip_head(head: Any) -> LatentAttentionPooling | None:
             norm_kv=False,
             residual="none",
             ffn=activation,
-            mult=hidden / dim,
+            mult=mult_of(hidden, dim),
             reduce="first",
             normalize=False,
             eps=head.layernorm.eps,

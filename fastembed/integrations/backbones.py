@@ -55,6 +55,7 @@ def find_backbone(model: nn.Module, layers: str | None = None) -> Backbone:
     Raises:
         ValueError: no list of layers is there, or several stand side by side.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile made, whose layers nobody can watch
     config = getattr(model, "config", None)
     depth = _depth(model)
     # ALBERT's layers run in groups that share their weights.
@@ -121,7 +122,8 @@ def _find_final_norm(model: nn.Module, path: str) -> nn.Module | None:
     """The norm that what holds the list of layers, or what holds that, calls once they have run."""
     if getattr(getattr(model, "config", None), "model_type", None) in _WITHOUT_FINAL_NORM:
         return None
-    whole = getattr(model, "base_model", model)  # without a head for some task, which may have norms of its own
+    # Without a head for some task, which may have norms of its own. DINOv3's own encoder has the name of a base model.
+    whole = model if type(model).__name__.endswith("Model") else getattr(model, "base_model", model)
     owner = None
     while path and owner is not whole:
         path, _, name = path.rpartition(".")
@@ -174,10 +176,14 @@ def stream_layers(
 
     try:
         with watch_layers(backbone, last, receive_and_stop):
-            backbone.model(**inputs)
+            # What torch.compile made of the model would run without the hooks.
+            backbone.model._call_impl(**inputs)
     except _Stop:
         return
-    raise RuntimeError(f"{type(backbone.model).__name__} ended without running layer {last} of {backbone.path}")
+    raise RuntimeError(
+        f"{type(backbone.model).__name__} ended without running layer {last} of {backbone.path}: of a model that "
+        "torch.compile runs, only single layers may be compiled"
+    )
 
 
 @contextmanager

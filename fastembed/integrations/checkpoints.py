@@ -35,7 +35,8 @@ def from_gptq(
         qweight: int32 [in_features * bits / 32, out_features]; input features from the lowest bits of a word up.
         qzeros: int32 [groups, out_features * bits / 32].
         scales: [groups, out_features].
-        g_idx: group of every input feature; only consecutive groups can be taken over. None: consecutive.
+        g_idx: group of every input feature; only consecutive groups can be taken over, the last of which may be
+            shorter. None: consecutive, all of one size.
         bias: [out_features] or None.
         bits: 2, 4 or 8.
         zero_offset: what is added to the stored zero points: 1 in checkpoint_format "gptq", 0 in "gptq_v2".
@@ -48,8 +49,9 @@ def from_gptq(
     _check_words(qweight, qzeros)
     codes = _fields(qweight.T, bits)
     zeros = (_fields(qzeros, bits) + zero_offset).T
-    group = _group_size(codes, scales.shape[0])
-    if g_idx is not None and not torch.equal(g_idx.cpu().long(), torch.arange(codes.shape[1]) // group):
+    g_idx = None if g_idx is None else g_idx.cpu().long()
+    group = _group_size(codes, scales.shape[0]) if g_idx is None else max(1, int((g_idx == 0).sum()))
+    if g_idx is not None and not torch.equal(g_idx, torch.arange(codes.shape[1]) // group):
         raise ValueError("g_idx must number consecutive groups, got a checkpoint in activation order (desc_act)")
     return _layer(codes, scales.T, zeros, bias, bits, group)
 

@@ -28,6 +28,7 @@ class Pipeline:
     normalize: bool
     include_prompt: bool
     prompts: Mapping[str, str]
+    default_prompt_name: str | None
 
 
 def read_pipeline(model: SentenceTransformer) -> Pipeline:
@@ -54,6 +55,7 @@ def read_pipeline(model: SentenceTransformer) -> Pipeline:
         normalizes or (isinstance(pooling, FusedPooling) and pooling.normalize),
         pooling.include_prompt,
         {name: prompt for name, prompt in model.prompts.items() if prompt},
+        model.default_prompt_name,
     )
 
 
@@ -66,6 +68,7 @@ def exit_model(
     normalize: bool,
     include_prompt: bool,
     prompts: Mapping[str, str],
+    default_prompt_name: str | None,
 ) -> SentenceTransformer:
     """A SentenceTransformer of the layers up to an exit, sharing their parameters.
 
@@ -100,7 +103,10 @@ def exit_model(
     if normalize:
         modules.append(Normalize())
     device = next(model.parameters()).device
-    return SentenceTransformer(modules=modules, prompts=dict(prompts), device=str(device)).train(model.training)
+    whole = SentenceTransformer(
+        modules=modules, prompts=dict(prompts), default_prompt_name=default_prompt_name, device=str(device)
+    )
+    return whole.train(model.training)
 
 
 def _save_tokenizer(tokenizer: Any, folder: str) -> None:

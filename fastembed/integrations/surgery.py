@@ -67,6 +67,11 @@ def is_changed(model: nn.Module) -> bool:
     return any(True for _ in _replacements(model)) or any(True for _ in _overrides(model))
 
 
+def is_replacement(module: nn.Module) -> bool:
+    """Whether a module stands in another's place."""
+    return _ORIGINAL in module.__dict__
+
+
 def keeps_originals(model: nn.Module) -> bool:
     """Whether every replaced module of the model was kept."""
     return all(_original(replacement) is not None for _, _, replacement in _replacements(model))
@@ -147,7 +152,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for parent, name, _, child in places(model):
-        if _ORIGINAL in child.__dict__:
+        if is_replacement(child):
             yield parent, name, child
 
 

@@ -13,6 +13,8 @@ from .config import QuantConfig, fits
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Modules from here do more with their linear layers than call them.
+_COMPOSITES = ("torch.nn.", "fastembed.nn.")
 # The list that a block stands in, and its number there.
 _BLOCK = re.compile(r"(?:^|.*?\.)[^\W\d]\w*\.\d+(?=\.)")
 
@@ -40,7 +42,7 @@ class Layers:
 
     Attributes:
         chosen: the layers to quantise, in the model's order.
-        left: name -> why it stays as it is.
+        left: name -> why it stays as it is; also other modules with matrices of their own.
         owners: id of a parameter -> the modules that hold it.
     """
 
@@ -89,6 +91,11 @@ def find_layers(model: nn.Module, config: QuantConfig, inside: Set[nn.Module] = 
         linear.tied_to = first.get(key)
         first.setdefault(key, linear)
         found.chosen.append(linear)
+    found.left.update(
+        (name, f"weights of a {type(module).__name__}, not of an nn.Linear")
+        for name, module in model.named_modules()
+        if module not in inside and _multiplies_otherwise(module)
+    )
     return found
 
 
@@ -97,6 +104,13 @@ def block_of(name: str) -> str | None:
     # A sentence-transformers model numbers its modules, too, but they stand in no list with a name.
     found = _BLOCK.match(name)
     return None if found is None else found.group()
+
+
+def _multiplies_otherwise(module: nn.Module) -> bool:
+    """Whether a module of others' making has matrices of its own: GPT-2's Conv1D, experts side by side."""
+    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1 and min(p.shape) > 1]
+    return base is nn.Module and not type(module).__module__.startswith(_COMPOSITES) and bool(matrices)
 
 
 def _owners_of_tensors(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -118,7 +132,7 @@ def _why_left(linear: Linear, config: QuantConfig, owners: dict[int, list[nn.Mod
     if type(module) is not nn.Linear:
         return f"a {type(module).__name__}, not a plain nn.Linear"
     for parent, name in linear.places:
-        composite = type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, _CONTAINERS)
+        composite = type(parent).__module__.startswith(_COMPOSITES) and not isinstance(parent, _CONTAINERS)
         if composite or surgery.reads_weight(type(parent), name):
             return f"{type(parent).__name__} reads its weights itself"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -1,9 +1,16 @@
 """One layer of latent attention: its parameters, and what is computed from them."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops.latent_attention import latent_attention
+
+
+def mult_of(hidden: int, dim: int) -> float:
+    """The `mult` of a feed-forward of so many hidden features; their plain quotient may come to one too few of them."""
+    return math.nextafter(hidden / dim, math.inf)
 
 
 class Layer(nn.Module):

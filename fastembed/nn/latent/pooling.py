@@ -12,7 +12,7 @@ from ...ops._pooling_checks import flat_mask
 from ...ops._registry import in_forward_mode
 from . import arithmetic, latents_as_queries, tokens_as_queries
 from .folding import fold_block, fold_queries
-from .layer import Layer
+from .layer import Layer, mult_of
 from .nv_embed import read_checkpoint
 from .tokens_as_queries import Tokens
 
@@ -174,7 +174,7 @@ class LatentAttentionPooling(nn.Module):
                 sizes["latents"],
                 heads,
                 sizes["inner"] // heads,
-                mult=sizes["hidden"] / sizes["dim"],
+                mult=mult_of(sizes["hidden"], sizes["dim"]),
                 normalize=normalize,
             )
         module.load_state_dict({name: tensor.detach() for name, tensor in parameters.items()}, assign=True)

@@ -127,6 +127,7 @@ def test_observes_a_forward_pass_that_others_make() -> None:
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.encoder.layer)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
 def test_a_compiled_model_runs_as_it_is_and_its_layers_compiled() -> None:
     """The hooks that take the exits are not in what was compiled before."""
     model, inputs = tiny_models.encoder(), tiny_models.batch()

@@ -429,8 +429,8 @@ def test_what_must_stay_stays_and_the_report_says_why() -> None:
         "torch.linear1": "TransformerEncoderLayer reads its weights itself",
         "torch.linear2": "TransformerEncoderLayer reads its weights itself",
         "left_out.inside": "skip",
-        **{f"latent.layers.0.to_{part}": "LatentAttentionLayer reads its weights itself" for part in "qkv"},
-        "latent.layers.0.to_out": "LatentAttentionLayer reads its weights itself",
+        **{f"latent.layers.0.to_{part}": "Layer reads its weights itself" for part in "qkv"},
+        "latent.layers.0.to_out": "Layer reads its weights itself",
         "conv1d": "weights of a Conv1D, not of an nn.Linear",
     }
     assert torch.equal(model["torch"](x), expected)

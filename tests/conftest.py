@@ -57,6 +57,14 @@ def thread_counts() -> Iterator[tuple[int, ...]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills what it allocates, so that reading what nothing wrote, or writing nothing, shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """The name of a backend that runs on this machine's GPU; tests with one of them only parametrize it indirectly."""

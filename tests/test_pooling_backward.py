@@ -8,8 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pooling_backward_cases import (
+    assert_agrees_with_the_reference,
+    assert_gradient_goes_to_the_first,
+    gradients,
+    reached_twice,
+)
 from test_pooling import DTYPES, Call, _calls, _flat, _random
-from tolerance import assert_close_to_oracle
 from torch import Tensor
 
 import fastembed
@@ -17,25 +22,9 @@ from fastembed.ops import pooling
 from fastembed.ops.pooling import MODES
 
 
-def gradients(call: Call, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Of the hidden states (in `dtype`, if given), when random gradients of the embeddings come back."""
-    hidden_states = [hidden.detach().to(dtype or hidden.dtype).requires_grad_() for hidden in call.hidden_states]
-    out_dtype = call.options.get("out_dtype")
-    outputs = _flat(fastembed.pool_exits(hidden_states, **{**call.options, "out_dtype": dtype or out_dtype}))
-    rounded = out_dtype or call.hidden_states[0].dtype  # the gradients are the same ones in any dtype
-    backward = [_random(tuple(out.shape), i, rounded).to(out) for i, out in enumerate(outputs)]
-    return list(torch.autograd.grad(outputs, hidden_states, backward))
-
-
 @given(call=_calls())
 def test_agrees_with_the_reference(isa: str, call: Call) -> None:
-    ours = gradients(call)
-    with fastembed.use_backend("reference"):
-        reference, oracle = gradients(call), gradients(call, torch.float64)
-    for our, same_dtype, exact, hidden in zip(ours, reference, oracle, call.hidden_states, strict=True):
-        assert our.dtype == hidden.dtype
-        assert our.shape == hidden.shape
-        assert_close_to_oracle(our, same_dtype, exact, factor=3.0)
+    assert_agrees_with_the_reference(call)
 
 
 @given(call=_calls(), data=st.data())
@@ -86,15 +75,10 @@ def test_fresh_and_reused_memory(isa: str, thread_counts: tuple[int, ...], mode:
                 written.fill_(math.nan)
 
 
-@pytest.mark.parametrize("values", [[1.0, 3.0, 3.0], [-math.inf, -math.inf, -math.inf], [1.0, math.nan, math.nan]])
+@reached_twice
 def test_a_maximum_reached_twice_sends_its_gradient_to_the_first(isa: str, values: list[float]) -> None:
-    """As torch.max does, NaN and infinities included."""
     for dtype in DTYPES:
-        hidden = torch.tensor(values, dtype=dtype).view(1, 3, 1).repeat(1, 1, 21).requires_grad_()
-        fastembed.pool_exits([hidden], mode="max", normalize=False)[0][21].sum().backward()
-        expected = torch.zeros(1, 3, 21, dtype=dtype)
-        expected[:, hidden.detach().max(dim=1).indices[0, 0]] = 1
-        assert torch.equal(hidden.grad, expected)
+        assert_gradient_goes_to_the_first(values, 3, dtype)
 
 
 @pytest.mark.parametrize("length", [7, 127, 128, 301])

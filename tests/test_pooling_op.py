@@ -220,12 +220,6 @@ def test_no_gradient_reaches_padding_or_empty_rows(mode: str) -> None:
     torch.testing.assert_close(hidden.grad, expected)
 
 
-def test_gradient_of_a_maximum_reached_twice_goes_to_the_first() -> None:
-    hidden = torch.tensor([[[1.0], [3.0], [3.0]]], requires_grad=True)
-    fastembed.pool_exits([hidden], mode="max", normalize=False)[0][1].sum().backward()
-    assert hidden.grad.flatten().tolist() == [0, 1, 0]
-
-
 def test_gradient_of_unused_exits_is_zero() -> None:
     exits = [tensor.clone().requires_grad_() for tensor in HIDDEN]
     fastembed.pool_exits(exits, MASK, dims=DIMS)[0][4].sum().backward()

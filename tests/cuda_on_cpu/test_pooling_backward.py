@@ -1,39 +1,19 @@
 """csrc/pooling/backward.cu, and what pooling.cu keeps for it, through autograd, against the reference."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
+from pooling_backward_cases import assert_agrees_with_the_reference as check
+from pooling_backward_cases import assert_gradient_goes_to_the_first, gradients, reached_twice
 from test_pooling import DTYPES, Call, _calls, _random
-from test_pooling_backward import gradients
-from tolerance import assert_close_to_oracle
 
-import fastembed
 from fastembed.ops.pooling import MODES, _pool_exits_backward
 
 from .test_pooling import CHUNK, mask_with_holes
 
-pytestmark = pytest.mark.usefixtures("simulated_cuda")
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """So that a gradient which nothing wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def check(call: Call) -> None:
-    ours = gradients(call)
-    with fastembed.use_backend("reference"):
-        reference, oracle = gradients(call), gradients(call, torch.float64)
-    for our, same_dtype, exact, hidden in zip(ours, reference, oracle, call.hidden_states, strict=True):
-        assert our.dtype == hidden.dtype
-        assert our.shape == hidden.shape
-        assert_close_to_oracle(our, same_dtype, exact, factor=3.0)
+pytestmark = pytest.mark.usefixtures("simulated_cuda", "uninitialised_memory_is_nan")
 
 
 @settings(max_examples=10)
@@ -102,15 +82,10 @@ def test_no_sequences() -> None:
     check(Call([_random((0, 8), 0)], {"cu_seqlens": torch.tensor([0, 0, 0])}))
 
 
-@pytest.mark.parametrize("values", [[1.0, 3.0, 3.0], [-math.inf, -math.inf, -math.inf], [1.0, math.nan, math.nan]])
+@reached_twice
 def test_a_maximum_reached_twice_sends_its_gradient_to_the_first(values: list[float]) -> None:
     for length in (3, 2 * CHUNK + 3):
-        tokens = torch.tensor([-math.inf] * (length - 3) + values)
-        hidden = tokens.view(1, -1, 1).repeat(1, 1, 21).requires_grad_()
-        fastembed.pool_exits([hidden], mode="max", normalize=False)[0][21].sum().backward()
-        expected = torch.zeros(1, length, 21)
-        expected[:, tokens.max(dim=0).indices] = 1
-        assert torch.equal(hidden.grad, expected)
+        assert_gradient_goes_to_the_first(values, length)
 
 
 def test_neither_thread_order_nor_the_batch_matters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,9 @@ from fastembed.nn import LatentAttentionPooling
 from fastembed.ops.latent_attention import latent_attention
 from fastembed.triton_kernels import latent as kernels
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Any:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

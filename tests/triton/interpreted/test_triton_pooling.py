@@ -16,15 +16,9 @@ from fastembed.reference import pooling as reference
 from fastembed.reference.search import pack_bits
 from fastembed.triton_kernels import pooling as triton_pooling
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Any:
-    """So that reading a part of the workspace that nothing wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def pool(hidden_states: list[Tensor], attention_mask: Tensor | None = None, **options: Any) -> list[Tensor]:

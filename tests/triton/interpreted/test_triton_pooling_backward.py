@@ -1,38 +1,29 @@
 """The Triton pooling backward, and what the forward keeps for it, run by the mended interpreter through autograd."""
 
 import math
-from collections.abc import Iterator
 
 import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
+from pooling_backward_cases import (
+    assert_agrees_with_the_reference,
+    assert_gradient_goes_to_the_first,
+    gradients,
+    reached_twice,
+)
 from test_pooling import DTYPES, Call, _calls, _random
-from test_pooling_backward import gradients
-from tolerance import assert_close_to_oracle
 
 import fastembed
 from fastembed.ops.pooling import MODES
 from fastembed.triton_kernels import pooling, pooling_backward
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """So that a gradient which nothing wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def check(call: Call) -> None:
     with fastembed.use_backend("triton"):
-        ours = gradients(call)
-    with fastembed.use_backend("reference"):
-        reference, oracle = gradients(call), gradients(call, torch.float64)
-    for our, same_dtype, exact, hidden in zip(ours, reference, oracle, call.hidden_states, strict=True):
-        assert our.dtype == hidden.dtype
-        assert our.shape == hidden.shape
-        assert_close_to_oracle(our, same_dtype, exact, factor=3.0)
+        assert_agrees_with_the_reference(call)
 
 
 @settings(max_examples=20)
@@ -70,16 +61,11 @@ def test_hostile_offsets(offsets: list[int], mode: str) -> None:
     assert bool(gradient.isfinite().all())
 
 
-@pytest.mark.parametrize("values", [[1.0, 3.0, 3.0], [-math.inf, -math.inf, -math.inf], [1.0, math.nan, math.nan]])
+@reached_twice
 @pytest.mark.parametrize("length", [3, pooling.MIN_PIECE.value + 40])
 def test_a_maximum_reached_twice_sends_its_gradient_to_the_first(values: list[float], length: int) -> None:
-    tokens = torch.tensor([-math.inf] * (length - 3) + values)
-    hidden = tokens.view(1, -1, 1).repeat(1, 1, 5).requires_grad_()
     with fastembed.use_backend("triton"):
-        fastembed.pool_exits([hidden], mode="max", normalize=False)[0][5].sum().backward()
-    expected = torch.zeros(1, length, 5)
-    expected[:, tokens.max(dim=0).indices] = 1
-    assert torch.equal(hidden.grad, expected)
+        assert_gradient_goes_to_the_first(values, length)
 
 
 def test_more_exits_and_dims_than_one_launch_takes() -> None:

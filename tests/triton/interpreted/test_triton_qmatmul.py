@@ -1,7 +1,5 @@
 """The Triton qmatmul kernels, run by the mended interpreter, against the reference."""
 
-from typing import Any
-
 import interpreter
 import pytest
 import torch
@@ -13,12 +11,7 @@ from torch import Tensor
 import fastembed
 from fastembed.ops.qmatmul import EPILOGUES
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Any:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def on_triton(layer: Layer, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import interpreter
@@ -21,18 +20,13 @@ from fastembed import triton_kernels as package
 from fastembed.ops import _search_torch, _search_triton
 from fastembed.triton_kernels import search as kernels
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
 FEW, MANY, BLOCK = kernels.FEW_QUERIES.value, kernels.MANY_QUERIES, kernels.BLOCK_CODES.value
 # Codes of which k = 1 leaves groups of 16, and of 128.
 OF_GROUPS = (kernels.REVISITED * 16 + 3, kernels.REVISITED * 128 + 5)
 
 Case = tuple[int, int, int, int, dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Any:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(search: Callable[[], tuple[Tensor, ...]]) -> None:

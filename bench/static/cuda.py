@@ -48,7 +48,7 @@ def rows(archs: Sequence[int] = ARCHS) -> list[KernelResources]:
     Raises:
         RuntimeError: there is no nvcc, or it refuses a file.
     """
-    sources = [source for source in sorted(CSRC.rglob("*.cu")) if "__global__" in source.read_text()]
+    sources = [source for source in sorted(CSRC.rglob("*.cu")) if "<<<" in source.read_text()]
     return [row for source in sources for row in _resources(source, archs)]
 
 

@@ -16,6 +16,9 @@
 
 namespace fastembed::qmatmul::cuda {
 
+using device::vector_bytes;
+using device::warp_threads;
+
 constexpr int operands = 4;         // of 16 output features, in a panel
 constexpr int lane_features = 8;    // neighbours that a lane has of each token
 constexpr int operand_tokens = 8;   // of the other operand
@@ -26,7 +29,7 @@ constexpr int stage_features = 64;
 template <int bits>
 constexpr int stage_bytes = stage_features / 4 * 32 * bits;
 
-__device__ inline int lane_index() { return threadIdx.x % device::warp_threads; }
+__device__ inline int lane_index() { return threadIdx.x % warp_threads; }
 
 // The codes of a lane: `quad` of the stage, words 4 g .. 4 g + 3. Neighbouring lanes read neighbouring bytes, so no two
 // hit the same bank.

@@ -1,58 +1,42 @@
 // Exact top-k over codes, in one pass over them. Each block meets a tile of queries with a slice of the codes, a chunk
-// at a time: warps multiply, on tensor cores, rows of codes by queries and turn the products into integer keys; then
-// each warp looks after some of the queries, and appends what lies below the query's limit to a buffer. A full buffer
-// is cut back to its k smallest, found by bisection, and the largest of them becomes the limit: as codes come in the
-// order of their ids, a strict comparison is all that ties need. The caller sorts what the slices leave.
+// at a time: warps multiply, on tensor cores, rows of codes by queries (products.cuh) and turn the products into
+// integer keys; then each warp looks after some of the queries, and appends what lies below the query's limit to a
+// buffer. A full buffer is cut back to its k smallest, found by bisection (selection.cuh), and the largest of them
+// becomes the limit: as codes come in the order of their ids, a strict comparison is all that ties need. The caller
+// sorts what the slices leave.
 //
 // Everything is counted in integers: with c and c' the unsigned values of two codes,
 //
 //   Hamming   |c| + |c'| - 2 sum c c'                                       one bit per dimension
 //   levels    v . v' = 4 sum c c' - 2 m (sum c + sum c') + dim m^2          v = 2 c - m, m = 2^bits - 1
 //
-// and sum c of the codes is one more product, with ones. Lanes may take the dimensions in any order in which both
-// operands take them, so a lane reads 16 neighbouring bytes of a row.
+// and sum c of the codes is one more product, with ones.
 #include <algorithm>
 #include <climits>
-#include <cstring>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "common/device_reduce.cuh"
 #include "common/divide_up.hpp"
 #include "common/launch_check.cuh"
-#include "common/tensor_core.cuh"
+#include "search/products.cuh"
 #include "search/search_cuda.hpp"
+#include "search/selection.cuh"
 
 namespace fastembed::search::cuda {
 namespace {
 
-using device::full_warp;
-using device::warp_threads;
-
 constexpr int warps = 8;
 constexpr int threads = warps * warp_threads;
-constexpr int piece_bytes = 16;
-constexpr int step_bytes = 4 * piece_bytes;  // of a row, read by four lanes at a time
-constexpr int operand_codes = 16;
-constexpr int operand_queries = 8;
 constexpr int largest_chunk = 2 * operand_codes * warps;
-constexpr int no_limit = INT_MAX;
 
 // Blocks that keep a large device busy; of at least so many codes each.
 constexpr int64_t blocks_wanted = 528;
 constexpr int64_t fewest_codes = 2048;
 
-struct Candidate {
-  int key;
-  int id;
-};
-
-struct Search {
-  Codes queries;
-  Codes codes;
-  Metric metric;
+struct Search : Operands {
   Filter filter;
-  bool vectorised;
   int64_t k;
   int64_t slice_codes;
   int64_t capacity;    // of a buffer
@@ -60,164 +44,6 @@ struct Search {
   int32_t* keys;       // [queries, slices, k]
   int32_t* ids;
 };
-
-// --- products
-
-struct Piece {
-  uint32_t words[piece_bytes / 4];
-};
-
-// Bytes `offset` .. of a plane, byte by byte; zeros past its end.
-__device__ __noinline__ uint4 load_bytes(const uint8_t* plane, int64_t offset, int64_t bytes) {
-  const auto word = [&](int64_t first) {
-    uint32_t joined = 0;
-    for (int i = 0; i < 4; ++i) {
-      if (first + i < bytes) joined |= static_cast<uint32_t>(plane[first + i]) << 8 * i;
-    }
-    return joined;
-  };
-  return make_uint4(word(offset), word(offset + 4), word(offset + 8), word(offset + 12));
-}
-
-__device__ inline Piece load_piece(const uint8_t* plane, int64_t offset, int64_t bytes, bool vectorised) {
-  uint4 vector = make_uint4(0, 0, 0, 0);
-  if (vectorised && offset + piece_bytes <= bytes) {
-    vector = *reinterpret_cast<const uint4*>(plane + offset);
-  } else if (offset < bytes) {
-    vector = load_bytes(plane, offset, bytes);
-  }
-  return {{vector.x, vector.y, vector.z, vector.w}};
-}
-
-// One-bit products of binary codes: 256 dimensions at a time.
-struct BitProducts {
-  static constexpr int planes = 1;
-  static constexpr int code_operands = 2;
-  static constexpr int many_queries = 4;  // operands of them, as registers allow
-  static constexpr int steps = 2;         // mma per piece
-  static constexpr uint32_t ones = ~0u;
-
-  __device__ static uint32_t operand(const Piece (&piece)[1], int step, int half) {
-    return piece[0].words[2 * step + half];
-  }
-  __device__ static void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    device::mma_b1_and(d, a, b);
-  }
-};
-
-// Byte products of codes of some bits: 32 dimensions at a time, spread from a bit to a byte each.
-template <int bits>
-struct ByteProducts {
-  static constexpr int planes = bits;
-  static constexpr int code_operands = 1;
-  static constexpr int many_queries = bits <= 2 ? 4 : 2;
-  static constexpr int steps = 16;
-  static constexpr uint32_t ones = 0x01010101u;
-
-  __device__ static uint32_t operand(const Piece (&pieces)[bits], int step, int half) {
-    uint32_t codes = 0;
-#pragma unroll
-    for (int plane = 0; plane < bits; ++plane) {
-      const uint32_t word = pieces[plane].words[step / 4] >> (step % 4 * 2 + half);
-      codes |= (word & ones) << (bits - 1 - plane);
-    }
-    return codes;
-  }
-  __device__ static void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    device::mma_u8_s8(d, a, b);
-  }
-};
-
-// Products of the warp's codes (rows) with queries (columns), and the sums of the codes.
-template <class Products, int query_operands>
-struct Tile {
-  int dots[Products::code_operands][query_operands][4];
-  int code_sums[Products::code_operands][4];
-};
-
-// The row of a matrix of codes that a lane reads, or none.
-struct Row {
-  const uint8_t* data;
-  int64_t bytes;  // of a plane; 0 for none
-};
-
-__device__ inline Row row_of(const Codes& codes, int64_t index, int64_t end, int64_t plane_bytes) {
-  return {codes.data + (index < end ? index : 0) * codes.stride, index < end ? plane_bytes : 0};
-}
-
-template <class Products>
-__device__ inline void load_row(const Row& row, int64_t offset, int64_t plane_bytes, bool vectorised,
-                                Piece (&pieces)[Products::planes]) {
-#pragma unroll
-  for (int plane = 0; plane < Products::planes; ++plane) {
-    pieces[plane] = load_piece(row.data + plane * plane_bytes, offset, row.bytes, vectorised);
-  }
-}
-
-// One pass over the rows of `codes` from `first` on and of the queries. With `of_queries`, the products are those of
-// ones with the queries: the sums of the queries.
-template <class Products, int query_operands>
-__device__ void multiply(const Search& search, int64_t first_code, int64_t code_end, int64_t first_query,
-                         bool of_queries, Tile<Products, query_operands>& tile) {
-  memset(&tile, 0, sizeof(tile));
-  const int lane = threadIdx.x % warp_threads;
-  const int group = lane / 4;
-  const int64_t plane_bytes = search.metric.plane_bytes;
-  const uint32_t all_ones[4] = {Products::ones, Products::ones, Products::ones, Products::ones};
-  const uint32_t ones[2] = {Products::ones, Products::ones};
-  Row code_rows[Products::code_operands][2];
-  Row query_rows[query_operands];
-#pragma unroll
-  for (int m = 0; m < Products::code_operands; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_code + operand_codes * m + 8 * half + group;
-      code_rows[m][half] = row_of(search.codes, row, of_queries ? 0 : code_end, plane_bytes);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < query_operands; ++n) {
-    query_rows[n] = row_of(search.queries, first_query + operand_queries * n + group, search.queries.rows, plane_bytes);
-  }
-#pragma unroll 1
-  for (int64_t offset = lane % 4 * piece_bytes; offset - lane % 4 * piece_bytes < plane_bytes; offset += step_bytes) {
-    Piece codes[Products::code_operands][2][Products::planes];
-    Piece queries[query_operands][Products::planes];
-#pragma unroll
-    for (int m = 0; m < Products::code_operands; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        load_row<Products>(code_rows[m][half], offset, plane_bytes, search.vectorised, codes[m][half]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < query_operands; ++n) {
-      load_row<Products>(query_rows[n], offset, plane_bytes, search.vectorised, queries[n]);
-    }
-#pragma unroll
-    for (int step = 0; step < Products::steps; ++step) {
-      uint32_t b[query_operands][2];
-#pragma unroll
-      for (int n = 0; n < query_operands; ++n) {
-        b[n][0] = Products::operand(queries[n], step, 0);
-        b[n][1] = Products::operand(queries[n], step, 1);
-      }
-#pragma unroll
-      for (int m = 0; m < Products::code_operands; ++m) {
-        uint32_t a[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          a[r] = of_queries ? all_ones[r] : Products::operand(codes[m][r % 2], step, r / 2);
-        }
-#pragma unroll
-        for (int n = 0; n < query_operands; ++n) Products::multiply(tile.dots[m][n], a, b[n]);
-        Products::multiply(tile.code_sums[m], a, ones);
-      }
-    }
-  }
-}
-
-// --- keys
 
 // The score's bits as an integer that falls as the score rises.
 __device__ inline int descending(float score) {
@@ -242,51 +68,6 @@ __device__ inline bool is_allowed(const Search& search, int64_t query, int64_t i
     if (id >= range[0] && id < range[1]) return true;
   }
   return false;
-}
-
-// --- selection, by one warp for one query
-
-__device__ inline int lane_index() { return threadIdx.x % warp_threads; }
-__device__ inline int lanes_before(unsigned ballot) { return __popc(ballot & ((1u << lane_index()) - 1)); }
-
-__device__ int count_up_to(const Candidate* buffer, int count, int key) {
-  int found = 0;
-  for (int i = lane_index(); i < count; i += warp_threads) found += buffer[i].key <= key;
-  return device::warp_reduce(found, [](int a, int b) { return a + b; });
-}
-
-// Cuts `count` candidates, more than k, back to the k smallest, equal keys in the order in which they stand, which is
-// kept. Returns the largest key left.
-__device__ int keep_smallest(Candidate* buffer, int count, int k) {
-  __syncwarp();
-  int64_t low = INT_MIN;
-  int64_t high = INT_MAX;
-  while (low < high) {  // the smallest key up to which there are k
-    const int64_t middle = (low + high) >> 1;
-    if (count_up_to(buffer, count, static_cast<int>(middle)) >= k) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  const int limit = static_cast<int>(low);
-  const int below = limit == INT_MIN ? 0 : count_up_to(buffer, count, limit - 1);
-  int kept = 0;
-  int ties = 0;
-  for (int first = 0; first < count; first += warp_threads) {
-    const int i = first + lane_index();
-    const Candidate candidate = i < count ? buffer[i] : Candidate{no_limit, -1};
-    const bool is_tie = i < count && candidate.key == limit;
-    const unsigned tie_ballot = __ballot_sync(full_warp, is_tie);
-    const bool stays = (i < count && candidate.key < limit) || (is_tie && ties + lanes_before(tie_ballot) < k - below);
-    const unsigned ballot = __ballot_sync(full_warp, stays);
-    __syncwarp();  // all have read what is overwritten
-    if (stays) buffer[kept + lanes_before(ballot)] = candidate;
-    kept += __popc(ballot);
-    ties += __popc(tie_ballot);
-  }
-  __syncwarp();
-  return limit;
 }
 
 // Grid: slices, tiles of queries.
@@ -442,17 +223,9 @@ void find_candidates(const Codes& queries, const Codes& codes, const Metric& met
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const int64_t count = slices(queries.rows, codes.rows, k);
   const bool vectorised = is_aligned(queries, metric) && is_aligned(codes, metric);
-  const Search search = {queries,
-                         codes,
-                         metric,
-                         filter,
-                         vectorised,
-                         k,
-                         divide_up(codes.rows, count),
-                         capacity_for(k),
-                         static_cast<Candidate*>(workspace),
-                         keys,
-                         ids};
+  const Search search = {
+      {queries, codes, metric, vectorised}, filter, k,  divide_up(codes.rows, count), capacity_for(k),
+      static_cast<Candidate*>(workspace),   keys,   ids};
   if (metric.bits == 1 && metric.on_bit_products) return launch<BitProducts>(search, count, stream);
   switch (metric.bits) {
     case 1:

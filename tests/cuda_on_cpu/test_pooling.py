@@ -17,7 +17,7 @@ from fastembed.reference.search import pack_bits
 
 pytestmark = pytest.mark.usefixtures("simulated_cuda")
 
-CHUNK = 128  # tokens that one block of reduce_chunks takes (csrc/pooling/pooling.cu)
+CHUNK = 128  # tokens that one block of reduce_chunks takes (csrc/pooling/plan.cuh)
 
 
 def check(call: Call) -> None:

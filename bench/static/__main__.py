@@ -1,5 +1,6 @@
 """`python -m bench.static`: compiles every GPU kernel and writes what the compilers say to bench/results/."""
 
+import argparse
 import csv
 import dataclasses
 import io
@@ -26,6 +27,7 @@ on a GPU and nothing was timed.
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.static", description=__doc__).parse_args()
     rows = [*cuda.rows(), *triton.rows()]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "gpu_static.md").write_text(INTRODUCTION + markdown(rows))

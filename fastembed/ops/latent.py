@@ -73,16 +73,19 @@ def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
     if weight.device.type != "cpu":
         return reference.to_panels(weight, gated)
     rows, features = weight.shape
-    panels = -(-(rows // 2) // (reference.PANEL // 2)) if gated else -(-rows // reference.PANEL)
-    shape: tuple[int, ...] = (panels, features, reference.PANEL)
-    if weight.dtype == torch.bfloat16:
-        shape = (panels, -(-features // 2), reference.PANEL, 2)
-    packed = weight.new_empty(shape)
+    packed = weight.new_empty(_panel_shape(rows, features, weight.dtype, gated))
     source = weight.float().contiguous()
     core.latent_to_panels(
         source.data_ptr(), rows, features, gated, DTYPE_CODES[weight.dtype], packed.data_ptr(), num_threads()
     )
     return packed
+
+
+def _panel_shape(rows: int, features: int, dtype: torch.dtype, gated: bool) -> tuple[int, ...]:
+    panels = -(-(rows // 2) // (reference.PANEL // 2)) if gated else -(-rows // reference.PANEL)
+    if dtype == torch.bfloat16:
+        return panels, -(-features // 2), reference.PANEL, 2
+    return panels, features, reference.PANEL
 
 
 def gate(values: Tensor, gates: Tensor, first: int, offsets: Tensor, sums: Tensor) -> None:
@@ -188,12 +191,8 @@ def _check(
         ("value_weight", value_weight, dim, scores),
         ("hidden_weight", hidden_weight, hidden, dim),
     ):
-        shape: tuple[int, ...] = (rows, features)
-        if packed:
-            panels = -(-(rows // 2) // 16) if name == "hidden_weight" else -(-rows // reference.PANEL)
-            shape = (panels, features, reference.PANEL)
-            if dtype == torch.bfloat16:
-                shape = (panels, -(-features // 2), reference.PANEL, 2)
+        gated = name == "hidden_weight"
+        shape = _panel_shape(rows, features, dtype, gated) if packed else (rows, features)
         if weight.dtype != dtype or weight.shape != shape:
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {weight.dtype} {list(weight.shape)}")
     for name, tensor in (

@@ -301,6 +301,12 @@ def test_plain_modules_frozen_or_in_training() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_every_exit_of_an_encoder_is_measured() -> None:
+    encoder = fastembed.MultiExitEncoder(tiny_models.encoder(), [(1, 32), (2, 64)])
+    report = quantized(encoder, avg_bits=5, calibration=[tiny_models.batch()], quantizer="mse")
+    assert all(row.score for row in report.rows if "layer.1." in row.name)
+
+
 @torch.inference_mode()
 def test_gradients_flow_through_a_model_quantised_in_inference_mode() -> None:
     with torch.inference_mode(False):

@@ -172,6 +172,9 @@ def _embeddings_of(output: Any) -> Tensor:
         for name in _EMBEDDINGS:
             if isinstance(output.get(name), Tensor):
                 return nn.functional.normalize(output[name].float(), dim=-1)
+        if output and all(isinstance(name, tuple) for name in output):  # a MultiExitEncoder's: every exit counts alike
+            exits = [nn.functional.normalize(embedding.float(), dim=-1) for embedding in output.values()]
+            return torch.cat(exits, dim=-1) / len(exits) ** 0.5
         output = tuple(output.values())
     if isinstance(output, tuple | list):
         output = next((item for item in output if isinstance(item, Tensor) and item.is_floating_point()), None)

@@ -18,18 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastembed.nn import QuantLinear
 
-from . import Case, Context, Faster, Goal, OfLimit, Workload, optional_import
+from . import Case, Context, Faster, Goal, OfLimit, Workload
 from ._qmatmul_plot import plot as plot
-from .peers import auto_round, ggml
-
-onnx = optional_import("onnx")
-onnxruntime = optional_import("onnxruntime")
+from .peers import auto_round, ggml, onnx_runtime
 
 # out_features, in_features
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (3072, 768), (4096, 1024), (4096, 4096))
@@ -223,17 +219,13 @@ def _int8_peers(linear: nn.Linear, x: Tensor, threads: int) -> Providers:
             warnings.simplefilter("ignore")  # deprecated, and still what PyTorch users have
             dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)
         yield "torch dynamic int8", 8, _inference(dynamic, x)
-    if onnx is not None and onnxruntime is not None:
-        yield INT8, 8, _onnx_call(_dynamic_int8_model(linear), x, threads)
+    if onnx_runtime.is_installed():
+        yield INT8, 8, onnx_runtime.dynamic_int8(linear, x, threads)
 
 
 def _onnx_peers(linear: nn.Linear, x: Tensor, bits: int, group_size: int, threads: int) -> Providers:
-    if onnx is not None and onnxruntime is not None and bits in (2, 4, 8):
-        yield (
-            "ONNX Runtime MatMulNBits",
-            bits,
-            _onnx_call(_matmul_nbits_model(linear, bits, group_size), x, threads),
-        )
+    if onnx_runtime.is_installed() and bits in (2, 4, 8):
+        yield "ONNX Runtime MatMulNBits", bits, onnx_runtime.matmul_nbits(linear, x, bits, group_size, threads)
 
 
 def _ggml_peers(linear: nn.Linear, x: Tensor, bits: int, threads: int) -> Providers:
@@ -244,78 +236,3 @@ def _ggml_peers(linear: nn.Linear, x: Tensor, bits: int, threads: int) -> Provid
 def _auto_round_peers(linear: nn.Linear, x: Tensor, bits: int, group_size: int, threads: int) -> Providers:
     if auto_round.takes(threads):
         yield "auto-round-lib", bits, auto_round.linear(linear, x, bits, group_size)
-
-
-def _onnx_call(model: bytes, x: Tensor, threads: int) -> Provider:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # As for the other libraries here: threads that wait for work sleep instead of spinning on the cores of the next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    inputs = {"x": x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, inputs)[0])
-
-
-def _onnx_model(linear: nn.Linear, op: str, inputs: dict[str, np.ndarray], **attributes: int) -> bytes:
-    helper = onnx.helper
-    node = helper.make_node(op, ["x", *inputs], ["y"], domain="com.microsoft", **attributes)
-    graph = helper.make_graph(
-        [node],
-        op,
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["rows", linear.in_features])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["rows", linear.out_features])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in inputs.items() if name],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-
-
-def _dynamic_int8_model(linear: nn.Linear) -> bytes:
-    """Symmetric int8 weights per output feature, uint8 activations with one scale per tensor."""
-    weight = linear.weight.T.numpy()
-    scales = np.abs(weight).max(axis=0) / 127
-    codes = np.rint(weight / scales).astype(np.int8)
-    bias = linear.bias.numpy()
-    return _onnx_model(
-        linear,
-        "DynamicQuantizeMatMul",
-        {"b": codes, "scales": scales, "": bias[:0], "bias": bias},
-    )
-
-
-def _matmul_nbits_model(linear: nn.Linear, bits: int, group_size: int) -> bytes:
-    """Groups with zero points, activations in int8 (accuracy level 4)."""
-    n, k = linear.weight.shape
-    groups = linear.weight.numpy().reshape(n, k // group_size, group_size)
-    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
-    top = 2**bits - 1
-    scales = ((high - low) / top).astype(np.float32)
-    zeros = np.rint(-low / scales)
-    codes = np.clip(np.rint(groups / scales[..., None] + zeros[..., None]), 0, top).astype(np.uint8)
-    zeros = zeros.astype(np.uint8)
-    codes, zeros = _pack(codes, bits), _pack(zeros, bits)
-    inputs = {
-        "b": codes,
-        "scales": scales,
-        "zeros": zeros,
-        "": scales[:0],
-        "bias": linear.bias.numpy(),
-    }
-    return _onnx_model(
-        linear,
-        "MatMulNBits",
-        inputs,
-        K=k,
-        N=n,
-        bits=bits,
-        block_size=group_size,
-        accuracy_level=4,
-    )
-
-
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of 2, 4 or 8 bits, several to a byte along the last dimension, the first lowest."""
-    per_byte = 8 // bits
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
-    parts = np.pad(codes, padding).reshape(*codes.shape[:-1], -1, per_byte)
-    return np.bitwise_or.reduce(parts << (bits * np.arange(per_byte, dtype=np.uint8)), axis=-1).astype(np.uint8)

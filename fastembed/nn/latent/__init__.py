@@ -5,9 +5,6 @@ directions of it, each as the parameters say and folded; `folding`, how paramete
 `arithmetic`, when that pays; `nv_embed`, the checkpoint's names; `pooling`, the module that puts them together.
 """
 
-from .layer import Layer
 from .pooling import LatentAttentionPooling
 
 __all__ = ["LatentAttentionPooling"]
-
-_Layer = Layer  # by this name modules that were pickled whole know it

@@ -15,13 +15,10 @@ import importlib
 import os.path
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from . import RESULTS, Case, limits
-from .harness import environment, report, runner
-
-FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+from . import RESULTS, limits
+from .harness import environment, families, report, runner
 
 
 def main() -> None:
@@ -36,10 +33,13 @@ def main() -> None:
         results = runner.Results([], [], measured)
     else:
         plot = getattr(importlib.import_module(f"bench.{arguments.family}"), "plot", None)
-        if not _cases(arguments):
+        selection = families.Selection(
+            arguments.family, arguments.case, arguments.device, arguments.quick, arguments.seconds
+        )
+        if not selection.cases():
             sys.exit(f"bench: no case of {arguments.family} matches {arguments.case.pattern!r}")
         try:
-            results = _run(arguments, thread_counts)
+            results = families.run(selection, thread_counts)
         except runner.VerificationError as error:
             sys.exit(f"bench: {error}")
     circumstances = environment.describe(arguments.device)
@@ -51,27 +51,11 @@ def main() -> None:
         print(f"\nwritten to {os.path.relpath(output)}/{stem}.*")
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
-    cases = list(importlib.import_module(f"bench.{arguments.family}").cases())
-    return [case for case in cases if arguments.case.search(case.name) and (case.quick or not arguments.quick)]
-
-
-def _run(arguments: argparse.Namespace, thread_counts: list[int]) -> runner.Results:
-    """Every number of threads in a process of its own: some libraries take it once and for all when they start."""
-    if len(thread_counts) == 1:
-        return runner.run(
-            _cases(arguments), thread_counts[0], arguments.device, arguments.quick, _progress, arguments.seconds
-        )
-    parts = []
-    for threads in thread_counts:
-        with ProcessPoolExecutor(1) as process:
-            parts.append(process.submit(_run, arguments, [threads]).result())
-    return runner.together(parts)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("family", choices=[*FAMILIES, "limits"], help="what to measure; limits: only the machine")
+    parser.add_argument(
+        "family", choices=[*families.FAMILIES, "limits"], help="what to measure; limits: only the machine"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="smoke test: tiny inputs, nothing written by default")
@@ -79,10 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=runner.SECONDS, help="to time each provider of a case for")
     parser.add_argument("--output", type=Path, help="folder for csv, markdown and png (default: bench/results)")
     return parser
-
-
-def _progress(message: str) -> None:
-    print(f"... {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@
 
 namespace fastembed {
 
+// Less memory is mostly some that the allocator has handed out before.
+constexpr int64_t bytes_for_huge_pages = 8 << 20;
+
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
 constexpr uintptr_t page_bytes = 4096;
 constexpr uintptr_t huge_page_bytes = uintptr_t{2} << 20;
-// Less memory is mostly some that the allocator has handed out before.
-constexpr int64_t bytes_for_huge_pages = 8 << 20;
 
 // The system clears every page of fresh memory when it is first written to, which pages of 2 MB make four times
 // cheaper. Only a hint. It covers what shares a page with either end: an allocation begins a few bytes after a multiple

@@ -53,14 +53,6 @@ void run_team_in_runs(int team, int64_t tasks, const Body& body) {
 inline thread_local bool came_out_of_a_fork = false;
 inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { came_out_of_a_fork = true; });
 
-// Runs `region`, which is a parallel region: here, or where that would hang on a new thread, for which OpenMP starts
-// others.
-template <class Region>
-void run_region(const Region& region) {
-  if (!came_out_of_a_fork) return region();
-  std::thread(region).join();
-}
-
 // At the end of a region, waits a while for the rest of the team, if each of it has a processor. Threads that come to
 // its barrier one after another sleep there (OMP_WAIT_POLICY=passive), and waking one, to end this region or to begin
 // the next, costs a virtual machine 20 to 40 us.
@@ -73,29 +65,35 @@ inline void wait_for_team(std::atomic<int>& done) {
   for (int i = 0; i < most_spins && done.load(std::memory_order_relaxed) < team; ++i) spin();
 }
 
-template <class Body>
-void run_team(int team, int64_t tasks, const Body& body) {
-  run_region([&] {
+// A parallel region in which every thread of the team runs `share`, a loop that they share out and do not wait after:
+// here, or where that would hang on a new thread, for which OpenMP starts others.
+template <class Share>
+void run_region(int team, const Share& share) {
+  const auto region = [&] {
     std::atomic<int> done{0};
 #pragma omp parallel num_threads(team)
     {
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t task = 0; task < tasks; ++task) body(task);
+      share();
       wait_for_team(done);
     }
+  };
+  if (!came_out_of_a_fork) return region();
+  std::thread(region).join();
+}
+
+template <class Body>
+void run_team(int team, int64_t tasks, const Body& body) {
+  run_region(team, [&] {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t task = 0; task < tasks; ++task) body(task);
   });
 }
 
 template <class Body>
 void run_team_in_runs(int team, int64_t tasks, const Body& body) {
-  run_region([&] {
-    std::atomic<int> done{0};
-#pragma omp parallel num_threads(team)
-    {
+  run_region(team, [&] {
 #pragma omp for schedule(guided, 1) nowait
-      for (int64_t task = 0; task < tasks; ++task) body(task);
-      wait_for_team(done);
-    }
+    for (int64_t task = 0; task < tasks; ++task) body(task);
   });
 }
 

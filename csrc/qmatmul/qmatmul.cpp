@@ -119,11 +119,12 @@ class Call {
     }
   }
 
-  void run() {
+  void run() const {
+    bool any_fresh = false;  // of the outputs, in large calls
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t bytes = x_.rows * row_bytes(i);
       ask_for_huge_pages(projections_[i].y, bytes);
-      if (threads_ > 1 && bytes >= bytes_for_huge_pages) any_fresh_ |= is_fresh(projections_[i].y, bytes);
+      if (threads_ > 1 && bytes >= bytes_for_huge_pages) any_fresh |= is_fresh(projections_[i].y, bytes);
     }
     // An odd number of cache lines between rows keeps the rows of a tile out of each other's cache sets.
     const int64_t stride = (divide_up(in_features(), 64) | 1) * 64;
@@ -141,7 +142,7 @@ class Call {
     const int quantizing = useful_threads(block * in_features(), quantize_grain, threads_);
     const int64_t chunk = divide_up(block, quantizing * tasks_per_thread);
     const int64_t chunks = divide_up(block, chunk);
-    const int64_t pages = any_fresh_ && team > 1 ? pages_of(block) : 0;
+    const int64_t pages = any_fresh && team > 1 ? pages_of(block) : 0;
     const int64_t wanted = team == 1 ? 1 : divide_up(team * tasks_per_thread, panels_);
     const int64_t ranges = std::min(wanted, divide_up(block, rows_per_task));
     const auto rows_of = [&](int64_t round) { return Rows{round * block, std::min(block, x_.rows - round * block)}; };
@@ -359,13 +360,12 @@ class Call {
   int64_t multiples_per_row_ = 0;
   bool any_int8_ = false;
   bool any_floats_ = false;
-  bool any_fresh_ = false;  // of the outputs, in large calls
 };
 
 }  // namespace
 
 void qlinear(const Input& x, const Projection* projections, int64_t count, int threads) {
-  Call call(x, projections, count, threads);
+  const Call call(x, projections, count, threads);
   if (x.rows != 0) call.run();
 }
 

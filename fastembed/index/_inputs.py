@@ -56,7 +56,15 @@ def row_chunks(x: np.ndarray, elements: int = 1 << 22) -> Any:
 
 def check_ids(name: str, ids: Any) -> np.ndarray:
     """int64 [N] of ids 0 to 2^63 - 1, given as an array, a tensor or a sequence of integers."""
-    values = ids.detach().cpu().numpy() if is_tensor(ids) else np.asarray(ids)
+    return _checked_ids(name, ids, _array_of(ids))
+
+
+def _array_of(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
+
+
+def _checked_ids(name: str, ids: Any, values: np.ndarray) -> np.ndarray:
+    """As `check_ids`, of ids that are `values` as an array."""
     # A number, or what NumPy does not take for a sequence: a set, an iterator.
     if values.ndim == 0 and values is not ids:
         raise TypeError(f"{name} must be an array, a tensor or a sequence of integers, got {type(ids).__name__}")
@@ -86,9 +94,9 @@ def check_filter(allowed: Any) -> Filter | None:
     """`Filter` of a boolean mask indexed by id, or of a list of ids; None stays None."""
     if allowed is None:
         return None
-    values = allowed.detach().cpu().numpy() if is_tensor(allowed) else np.asarray(allowed)
+    values = _array_of(allowed)
     if values.dtype != bool:
-        return Filter(None, np.unique(check_ids("filter", allowed)))
+        return Filter(None, np.unique(_checked_ids("filter", allowed, values)))
     if values.ndim != 1:
         raise ValueError(f"filter must have shape [ids], got {list(values.shape)}")
     return Filter(values, None)
